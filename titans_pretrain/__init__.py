@@ -1,0 +1,1 @@
+"""Distributed pretraining of Titans language models."""

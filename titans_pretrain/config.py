@@ -1,0 +1,332 @@
+"""RunConfig: the whole run as one frozen, validated tree.
+
+defaults <- YAML file <- `a.b=c` on the command line. Unknown keys are refused with their path and
+the nearest known name; the resolved tree is saved with the run and with each checkpoint. It is
+handed down, never fetched, never changed. Imports neither torch nor any engine.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from titans_pretrain.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+# Document alignments for which the manifest holds padded token counts (columns of the address).
+ALIGNMENTS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class MemoryConfig(Section):
+    """The neural long-term memory (Titans, arXiv 2501.00663, section 3)."""
+
+    rule: str = "titans"
+    depth: Annotated[int, Field(ge=1, le=3)] = 2
+    expansion: Positive = 4  # hidden width of the memory MLP = expansion * head width
+    activation: Literal["gelu", "silu"] = "gelu"
+    residual_norm: bool = True  # M(x) = x + LayerNorm(F(x)); false: M(x) = F(x)
+    chunk: Positive = 16  # tokens whose gradients share one anchor: part of the function
+    decay_to: Literal["init", "zero"] = "init"
+    read: Literal["inclusive", "exclusive"] = "inclusive"  # read at W_t or at W_{t-1}
+    retrieved: Literal["pool1", "pool2", "learned"] = "pool1"  # MAC: where memory tokens come from
+    learned_queries: Positive = 256  # MAC with retrieved=learned: memory tokens a segment
+
+
+class ModelConfig(Section):
+    """A stack of blocks; `variant` picks the wiring of its token mixer."""
+
+    variant: Literal["mac", "lmm", "transformer"] = "mac"
+    blocks: Positive = 12
+    width: Positive = 768
+    heads: Positive = 16
+    mlp_width: Positive | None = None  # SwiGLU hidden width; default 8/3 width, rounded up to 64
+    vocab_size: Positive | None = None  # default: the tokenizer's size, from the manifest
+    tied_embeddings: bool = False
+    persistent_tokens: NonNegative = 128  # MAC: learned vectors before each segment
+    segment: Positive = 512  # MAC: tokens of one attention segment
+    window: Positive | None = None  # transformer: sliding window; default: the whole document
+    rope_base: PositiveFloat = 10_000.0
+    norm_eps: PositiveFloat = 1e-5
+    memory: MemoryConfig = MemoryConfig()
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        return self.mlp_width or -(-8 * self.width // (3 * 64)) * 64
+
+    @property
+    def alignment(self) -> int:
+        """Tokens to whose multiple each packed document is padded: the memory's chunk (spec 4.7)."""
+        return 1 if self.variant == "transformer" else self.memory.chunk
+
+    @model_validator(mode="after")
+    def _divides(self) -> ModelConfig:
+        if self.width % self.heads:
+            raise ValueError(
+                f"width={self.width}, heads={self.heads}; heads must divide width; "
+                f"try heads={_nearest_divisor(self.width, self.heads)}"
+            )
+        if self.head_width % 2:
+            raise ValueError(
+                f"width/heads={self.head_width}; rotary embeddings need an even head width; "
+                "change width or heads"
+            )
+        chunk = self.memory.chunk
+        if self.variant == "mac" and self.segment % chunk:
+            raise ValueError(
+                f"segment={self.segment}, memory.chunk={chunk}; a segment must be a whole number "
+                f"of chunks; try segment={max(chunk, self.segment // chunk * chunk)}"
+            )
+        if self.variant == "mac" and self.memory.retrieved == "pool2" and self.segment % 2:
+            raise ValueError(
+                f"segment={self.segment}, memory.retrieved=pool2; queries are pooled by two; "
+                "use an even segment"
+            )
+        return self
+
+
+class SourceConfig(Section):
+    """A prepared dataset: the folder that `titans-pretrain prepare` wrote."""
+
+    path: str
+
+
+class DataConfig(Section):
+    sources: dict[str, SourceConfig] = Field(min_length=1)  # name -> prepared folder
+    sequence_length: Positive = 4096
+    seed: int = 0
+    workers: NonNegative = 1  # loader processes of each rank
+    allow_changed: bool = False  # resume although manifest, tokenizer or sequence length changed
+
+    @field_validator("sources")
+    @classmethod
+    def _one_source(cls, sources: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
+        if len(sources) > 1:
+            raise ValueError(
+                f"{len(sources)} sources ({', '.join(sources)}); a run reads one source; "
+                "prepare the texts together into one folder"
+            )
+        return sources
+
+
+class OptimConfig(Section):
+    """AdamW, decay groups, warm-up and schedule."""
+
+    lr: PositiveFloat = 1e-3
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: NonNegative = 0
+    decay_steps: NonNegative = 0  # wsd: steps of the final decay
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    gate_lr_scale: PositiveFloat = 1.0  # gates of the memory: their own rate and decay
+    gate_weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    init_lr_scale: PositiveFloat = 1.0  # learned initial fast weights: likewise
+    init_weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: PositiveFloat = 1.0
+
+
+class TrainConfig(Section):
+    steps: Positive = 1000
+    global_batch: Positive = 8  # rows of sequence_length tokens in one optimizer step
+    micro_batch: Positive = 8  # rows in one forward-backward of one rank
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    recompute: Literal["none", "blocks"] = "none"  # activation checkpointing
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: NonNegative = 0  # CPU threads of a rank; 0: cores divided by ranks on this machine
+
+
+class ValidationConfig(Section):
+    every: NonNegative = 100  # steps; 0: never
+    rows: NonNegative = 0  # rows of the validation split; 0: all of it
+
+
+class CheckpointConfig(Section):
+    every_steps: NonNegative = 100
+    every_minutes: Annotated[float, Field(ge=0)] = 0.0
+    keep_last: Positive = 2
+    keep_best: bool = True  # by validation loss
+    keep_every: NonNegative = 0  # steps; keep each n-th for good
+
+
+class LogConfig(Section):
+    every: Positive = 1  # steps between metric records
+    console_every: Positive = 10  # steps between console lines
+    memory_every: NonNegative = 50  # steps between the memory's panels; 0: never
+    tensorboard: bool = True
+
+
+class RunConfig(Section):
+    folder: str  # everything the run writes
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        t, align = self.data.sequence_length, self.model.alignment
+        if t % align:
+            raise ValueError(
+                f"data.sequence_length={t}, model.memory.chunk={align}; a row must be a whole "
+                f"number of chunks; try data.sequence_length={max(align, t // align * align)}"
+            )
+        if align not in ALIGNMENTS:
+            raise ValueError(
+                f"model.memory.chunk={align}; documents are padded to one of {ALIGNMENTS}; "
+                "use one of these chunks"
+            )
+        if self.train.global_batch % self.train.micro_batch:
+            raise ValueError(
+                f"train.global_batch={self.train.global_batch}, train.micro_batch="
+                f"{self.train.micro_batch}; micro-batches must fill the global batch; use a "
+                "micro_batch that divides it"
+            )
+        o, steps = self.optim, self.train.steps
+        if o.schedule == "wsd" and o.warmup_steps + o.decay_steps > steps:
+            raise ValueError(
+                f"optim.warmup_steps={o.warmup_steps} + optim.decay_steps={o.decay_steps} > "
+                f"train.steps={steps}; warm-up and decay must fit into the run; shorten them"
+            )
+        if o.min_lr > o.lr:
+            raise ValueError(
+                f"optim.min_lr={o.min_lr}, optim.lr={o.lr}; the floor lies below the peak; "
+                "lower optim.min_lr"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Reads `path` (YAML), applies `a.b=c` overrides and validates. Raises ConfigError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(
+            f"config {path}: {e.strerror}", "the first argument is a YAML file", "give its path"
+        ) from e
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"config {path}: {e}", "the file is YAML", "mend the line named") from e
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"config {path} holds {type(tree).__name__}",
+            "a config is a mapping of sections",
+            "see configs/ for examples",
+        )
+    for override in overrides or []:
+        _apply(tree, override)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict[str, Any], where: str) -> RunConfig:
+    """Validates a tree of plain values. Raises ConfigError naming every wrong key by its path."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as e:
+        raise _explain(e, where) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved tree as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, sep, value = override.partition("=")
+    if not sep or not key:
+        raise ConfigError(
+            f"argument {override!r}", "an override is written a.b=c", "e.g. optim.lr=3e-4"
+        )
+    node = tree
+    *parents, leaf = key.split(".")
+    for name in parents:
+        if node.get(name) is None:
+            node[name] = {}
+        node = node[name]
+        if not isinstance(node, dict):
+            raise ConfigError(
+                f"argument {override!r}: {name} is a value, not a section",
+                "an override names a leaf of the config tree",
+                "see the resolved config of a run for the tree",
+            )
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as e:
+        raise ConfigError(
+            f"argument {override!r}: {e}", "the right side is a YAML value", "quote it"
+        ) from e
+
+
+def _explain(error: ValidationError, where: str) -> ConfigError:
+    problems, remedies = [], []
+    for item in error.errors():
+        path = ".".join(str(p) for p in item["loc"])
+        if item["type"] == "extra_forbidden":
+            close = _nearest_key(item["loc"])
+            problems.append(f"{path}={item['input']!r}: no such key")
+            remedies.append(f"did you mean {close}?" if close else f"remove {path}")
+        elif item["type"] == "missing":
+            problems.append(f"{path}: missing")
+            remedies.append(f"set {path} in the file or on the command line")
+        elif item["type"] == "value_error":
+            found, rule, remedy = (str(item["ctx"]["error"]).split("; ", 2) + ["", ""])[:3]
+            problems.append(f"{path + ': ' if path else ''}{found} ({rule})")
+            remedies.append(remedy)
+        else:
+            problems.append(f"{path}={item['input']!r}: {item['msg'].lower()}")
+            remedies.append(f"change {path}")
+    return ConfigError(
+        f"config {where}: " + "; ".join(problems),
+        "every key is known, of its type and within its range",
+        "; ".join(remedies),
+    )
+
+
+def _nearest_key(loc: tuple[int | str, ...]) -> str | None:
+    """The known dotted key nearest to a mistyped one: a sibling first, else anywhere."""
+    everything = list(_keys(RunConfig, ()))
+    wrong = tuple(str(p) for p in loc)
+    siblings = [k for k in everything if k[:-1] == wrong[:-1]]
+    near = difflib.get_close_matches(wrong[-1], [k[-1] for k in siblings], n=1, cutoff=0.5)
+    if near:
+        return ".".join((*wrong[:-1], near[0]))
+    by_leaf = {k[-1]: k for k in reversed(everything)}
+    near = difflib.get_close_matches(wrong[-1], list(by_leaf), n=1, cutoff=0.6)
+    return ".".join(by_leaf[near[0]]) if near else None
+
+
+def _keys(section: type[BaseModel], prefix: tuple[str, ...]) -> typing.Iterator[tuple[str, ...]]:
+    for name, field in section.model_fields.items():
+        yield (*prefix, name)
+        kind = field.annotation
+        if isinstance(kind, type) and not isinstance(kind, types.GenericAlias):
+            if issubclass(kind, BaseModel):
+                yield from _keys(kind, (*prefix, name))
+
+
+def _nearest_divisor(n: int, wanted: int) -> int:
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))

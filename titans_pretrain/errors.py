@@ -1,0 +1,58 @@
+"""Errors that a user can act on: each gives the value, the rule and the remedy, and an exit code.
+
+| exit code | meaning                                        |
+|-----------|------------------------------------------------|
+| 0         | done                                           |
+| 1         | anything not listed here                       |
+| 2         | configuration                                  |
+| 3         | data                                           |
+| 4         | diverged (a non-finite loss or gradient)       |
+| 75        | saved on request, to be continued              |
+| 76        | node fault (disk, device, lost peer)           |
+| 77        | hang                                           |
+"""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_OTHER = 1
+EXIT_CONFIG = 2
+EXIT_DATA = 3
+EXIT_DIVERGED = 4
+EXIT_SAVED = 75
+EXIT_NODE = 76
+EXIT_HANG = 77
+
+
+class TitansError(Exception):
+    """An expected failure, told in one message: what was found, which rule it breaks, what to do."""
+
+    exit_code = EXIT_OTHER
+
+    def __init__(self, value: str, rule: str, remedy: str) -> None:
+        self.value, self.rule, self.remedy = value, rule, remedy
+        super().__init__(f"{value}\n  rule:   {rule}\n  remedy: {remedy}")
+
+
+class ConfigError(TitansError):
+    """The configuration, the command line, or what they ask of this machine."""
+
+    exit_code = EXIT_CONFIG
+
+
+class DataError(TitansError):
+    """Text, shards, manifests, tokenizers, or a checkpoint's content."""
+
+    exit_code = EXIT_DATA
+
+
+class DivergedError(TitansError):
+    """A non-finite loss or gradient, found before any weight or moment changed."""
+
+    exit_code = EXIT_DIVERGED
+
+
+class NodeError(TitansError):
+    """This machine failed the run: disk full, folder not writable, device or peer lost."""
+
+    exit_code = EXIT_NODE
