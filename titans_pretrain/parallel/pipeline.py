@@ -1,0 +1,111 @@
+"""Drives a model's micro-batches through Megatron-core's forward-backward schedule.
+
+One schedule for every size: at one pipeline stage it is `forward_backward_no_pipelining`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import nn
+
+from titans_pretrain.data.stream import Batch
+from titans_pretrain.model.loss import token_loss
+from titans_pretrain.parallel import compat
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """Sums over this rank's micro-batches, in float64."""
+
+    loss: float  # nats, summed over counted labels
+    tokens: int  # counted labels
+    by_source: dict[int, tuple[float, int]]  # source index -> (nats, labels)
+
+
+class Stage(nn.Module):
+    """One pipeline stage as Megatron's schedules see it: a config, an input, a forward."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.config = ModelParallelConfig(
+            params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16
+        )
+        self.model_type = ModelType.encoder_or_decoder
+        self.input: torch.Tensor | None = None
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        self.input = tensor[0] if isinstance(tensor, list) else tensor
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """[B, T] cross entropy of each label, fp32."""
+        logits, _ = self.model(batch.tokens, batch.positions)
+        return token_loss(logits, batch.labels)
+
+
+class Schedule:
+    """Runs the micro-batches of a step on this rank, forward and backward or forward only."""
+
+    def __init__(self, stage: Stage, data_parallel: int, device: torch.device) -> None:
+        self.stage, self.data_parallel, self.device = stage, data_parallel, device
+        self.calls = 0  # how often Megatron's schedule ran
+
+    def run(
+        self, micro_batches: Sequence[Batch], *, tokens_in_step: int, train: bool = True
+    ) -> StepLoss:
+        """Args:
+        micro_batches: this rank's share of the step.
+        tokens_in_step: counted labels of the whole step, over all ranks and micro-batches; the
+            gradient is that of the mean over them.
+        """
+        # Megatron divides the returned loss by the number of micro-batches, ZeRO averages over
+        # data-parallel ranks: undone here, so that the loss is the mean over tokens_in_step.
+        scale = len(micro_batches) * self.data_parallel / max(1, tokens_in_step)
+        losses: list[tuple[torch.Tensor, Batch]] = []
+
+        def forward_step(batches: Iterator[Batch], stage: nn.Module) -> tuple[torch.Tensor, Any]:
+            batch = next(batches).to(self.device)
+            nats = stage(batch)
+
+            def loss(nats: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+                # Select, never multiply: a pad's loss may be anything, even not finite.
+                counted = torch.where(batch.loss_mask, nats, torch.zeros_like(nats))
+                losses.append((counted.detach(), batch))
+                return counted.sum() * scale, {}
+
+            return nats, loss
+
+        with compat.cuda_literals(), torch.set_grad_enabled(train):
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(micro_batches),
+                model=self.stage,
+                num_microbatches=len(micro_batches),
+                seq_length=micro_batches[0].tokens.shape[1],
+                micro_batch_size=micro_batches[0].tokens.shape[0],
+                forward_only=not train,
+            )
+        self.calls += 1
+        return _totals(losses)
+
+
+def _totals(losses: list[tuple[torch.Tensor, Batch]]) -> StepLoss:
+    by_source: dict[int, tuple[float, int]] = {}
+    for nats, batch in losses:
+        rows = nats.double().sum(1).tolist()
+        counts = batch.loss_mask.sum(1).tolist()
+        for source, loss, count in zip(batch.source.tolist(), rows, counts, strict=True):
+            have = by_source.get(source, (0.0, 0))
+            by_source[source] = (have[0] + loss, have[1] + count)
+    return StepLoss(
+        sum(loss for loss, _ in by_source.values()),
+        sum(count for _, count in by_source.values()),
+        by_source,
+    )

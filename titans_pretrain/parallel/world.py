@@ -1,0 +1,125 @@
+"""Ranks, devices, seeds and the small collectives of a step."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from titans_pretrain.config import TrainConfig
+from titans_pretrain.errors import ConfigError
+from titans_pretrain.parallel import compat
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place, and the collectives that the training loop itself needs."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    threads: int
+
+    @property
+    def host(self) -> str:
+        return socket.gethostname()
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums a few numbers over all ranks, in float64."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: list[float]) -> list[float]:
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: list[float], op: Any) -> list[float]:
+        t = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(t, op=op)
+        return t.tolist()
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        """Every rank's `item`, on every rank (trusted peers: this pickles)."""
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
+    def broadcast_object(self, item: Any) -> Any:
+        """Rank 0's `item` on every rank."""
+        box = [item]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def shut_down(self) -> None:
+        parallel_state.destroy_model_parallel()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def choose_device(asked: str, local_rank: int) -> torch.device:
+    """cpu or cuda:local_rank. Raises ConfigError if CUDA is asked for where there is none."""
+    if asked == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        if asked == "cuda":
+            raise ConfigError(
+                "train.device=cuda: torch sees no CUDA device",
+                "each rank needs a CUDA device of its own",
+                "set train.device=cpu, or install torch with CUDA (README, installation)",
+            )
+        return torch.device("cpu")
+    if local_rank >= count:
+        raise ConfigError(
+            f"local rank {local_rank}, {count} CUDA devices on {socket.gethostname()}",
+            "each rank needs a CUDA device of its own",
+            f"start at most {count} ranks on this machine",
+        )
+    return torch.device("cuda", local_rank)
+
+
+def start_world(train: TrainConfig, timeout_s: float = 1800) -> World:
+    """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT describe.
+
+    Without RANK this process is a world of one. gloo on a CPU, NCCL on CUDA (with gloo for CPU
+    tensors); Megatron's groups on top.
+    """
+    env = os.environ
+    rank, size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+    local_rank = int(env.get("LOCAL_RANK", rank))
+    local_size = int(env.get("LOCAL_WORLD_SIZE", size))
+    device = choose_device(train.device, local_rank)
+    threads = train.threads or max(1, (os.cpu_count() or 1) // local_size)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    else:
+        env.setdefault("DS_ACCELERATOR", "cpu")
+    torch.set_num_threads(threads)
+    if env.get("MASTER_ADDR") in ("127.0.0.1", "localhost"):
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
+    # DeepSpeed reads these even where the process group is already there.
+    env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = str(rank), str(size), str(local_rank)
+    compat.install()
+    torch.manual_seed(train.seed)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store = dist.HashStore() if "MASTER_ADDR" not in env and size == 1 else None
+    dist.init_process_group(
+        backend,
+        rank=rank,
+        world_size=size,
+        store=store,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    parallel_state.initialize_model_parallel(1, 1)
+    return World(rank, size, local_rank, local_size, device, threads)
