@@ -1,0 +1,179 @@
+"""The language model: embedding -> blocks -> norm -> head; initialisation; decay groups.
+
+Parameter names are stable: blocks sit in a dict by their global number, so that a pipeline stage
+that keeps some of them keeps their names. A stage without `embedding` takes hidden states
+[B, T, D] in place of tokens; one without `head` returns them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from titans_pretrain.config import ModelConfig
+from titans_pretrain.errors import ConfigError
+from titans_pretrain.model.blocks import RMSNorm, SwiGLU
+from titans_pretrain.model.variants import VARIANTS, ModelState
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)) (Titans, section 4.4; Llama's macro block)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        D, eps = config.width, config.norm_eps
+        self.mixer_norm = RMSNorm(D, eps, device=device, dtype=dtype)
+        self.mixer = VARIANTS[config.variant].mixer(config, device=device, dtype=dtype)
+        self.mlp_norm = RMSNorm(D, eps, device=device, dtype=dtype)
+        self.mlp = SwiGLU(D, config.mlp_hidden, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, plan: Any, state: Any, carry: bool) -> tuple[Tensor, Any]:
+        mixed, state = self.mixer(self.mixer_norm(x), plan, state, carry)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), state
+
+
+class TitansLM(nn.Module):
+    """A causal language model; `config.variant` picks the token mixer.
+
+    `recompute`: keep only each block's input for backward and run the block again there.
+    Raises ConfigError when the vocabulary's size is not resolved.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ConfigError(
+                "model.vocab_size is not set",
+                "a model is built for one vocabulary",
+                "set model.vocab_size, or take it from the data's manifest",
+            )
+        D, V = config.width, config.vocab_size
+        self.config = config
+        self.recompute = False
+        self.embedding: nn.Module | None = nn.Embedding(V, D, device=device, dtype=dtype)
+        self.blocks = nn.ModuleDict(
+            {str(i): Block(config, device=device, dtype=dtype) for i in range(config.blocks)}
+        )
+        self.final_norm: nn.Module | None = RMSNorm(D, config.norm_eps, device=device, dtype=dtype)
+        self.head: nn.Module | None = nn.Linear(D, V, bias=False, device=device, dtype=dtype)
+        if config.tied_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        state: ModelState | None = None,
+        *,
+        carry: bool = True,
+    ) -> tuple[Tensor, ModelState | None]:
+        """Logits of the next token, and the streaming state after the last token.
+
+        tokens, positions [B, T] int64; positions -1 at pads, where the logits mean nothing.
+        state: what the last call returned for the same rows; rows whose first position is above 0
+        continue exactly. carry=False returns None for the state and saves the work of forming it.
+        Returns logits [B, T, V] and the state.
+        """
+        x = tokens if self.embedding is None else self.embedding(tokens)
+        plan = VARIANTS[self.config.variant].plan(self.config, positions, state, x.dtype)
+        after: dict[str, Any] = {}
+        for name, block in self.blocks.items():
+            before = None if state is None else state[name]
+            if self.recompute and torch.is_grad_enabled():
+                x, after[name] = checkpoint(
+                    block, x, plan, before, carry, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x, after[name] = block(x, plan, before, carry)
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        if self.head is not None:
+            x = self.head(x)
+        return x, after if carry else None
+
+
+def map_state(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`change` applied to every tensor of a streaming state, e.g. `Tensor.detach`."""
+    if isinstance(state, Tensor):
+        return change(state)
+    if isinstance(state, dict):
+        return {key: map_state(value, change) for key, value in state.items()}
+    if isinstance(state, tuple):
+        return tuple(map_state(value, change) for value in state)
+    if is_dataclass(state) and not isinstance(state, type):
+        values = {f.name: map_state(getattr(state, f.name), change) for f in fields(state)}
+        return type(state)(**values)
+    return state
+
+
+def initialise(model: TitansLM, seed: int) -> None:
+    """Fills every parameter with `draw`: the same values on any device, in any order of modules.
+
+    Works after building on the meta device and `to_empty`.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(draw(model.config, name, tuple(parameter.shape), seed))
+
+
+def draw(config: ModelConfig, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """The first value of the parameter `name`, whole, in float32 on the CPU.
+
+    The generator is seeded by sha256 of "seed:name", so a shard is a slice of what one device has.
+
+    | parameter                  | law                                                          |
+    |----------------------------|--------------------------------------------------------------|
+    | norms' gains               | 1                                                            |
+    | attention.o, mlp.down      | normal, std sqrt(2 / (5 fan_in)) / sqrt(2 blocks)            |
+    | all other matrices         | normal, std sqrt(2 / (5 fan_in)) (arXiv 1910.05895)          |
+    """
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    owner, _, leaf = name.rpartition(".")
+    if "norm" in owner.rpartition(".")[2] and leaf == "weight":
+        return torch.ones(shape)
+    std = math.sqrt(2 / (5 * shape[-1]))
+    if owner.endswith((".o", ".down", ".out")):
+        std /= math.sqrt(2 * config.blocks)
+    return torch.empty(shape).normal_(0, std, generator=generator)
+
+
+def kind(name: str) -> str:
+    """The optimizer group of a parameter: "decay" | "no_decay" | "gate" | "fast_init"."""
+    if ".gates." in name:
+        return "gate"
+    if ".initial." in name:
+        return "fast_init"
+    owner, _, leaf = name.rpartition(".")
+    matrix = leaf == "weight" and not owner.endswith(("norm", "_conv"))
+    return "decay" if matrix else "no_decay"
+
+
+def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """The model's parameters by `kind`, each with its name; a tied matrix counts once."""
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {
+        k: [] for k in ("decay", "no_decay", "gate", "fast_init")
+    }
+    for name, parameter in model.named_parameters():
+        groups[kind(name)].append((name, parameter))
+    return groups
