@@ -1,0 +1,215 @@
+"""`titans-pretrain tokenizer train|inspect|import`."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sentencepiece
+
+from titans_pretrain.data.files import write_atomically
+from titans_pretrain.data.text import BadDocument, documents, find_inputs
+from titans_pretrain.data.tokens import Tokenizer, cut
+from titans_pretrain.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+LONGEST_LINE = 8192  # characters; longer lines are cut for training
+
+
+def register(subparsers: Subparsers) -> None:
+    """Adds the command; `args.run(args)` carries it out and returns the exit code."""
+    parser = subparsers.add_parser("tokenizer", help="train, inspect or import a tokenizer")
+    actions = parser.add_subparsers(dest="action", required=True)
+
+    train = actions.add_parser("train", help="train a sentencepiece BPE model on text")
+    train.add_argument("inputs", nargs="+", metavar="INPUT", help=".txt, .jsonl, or folders")
+    train.add_argument("--out", required=True, metavar="MODEL", help="the .model file to write")
+    train.add_argument("--vocab-size", type=int, default=32_000)
+    train.add_argument(
+        "--no-byte-fallback",
+        action="store_true",
+        help="cover every character of the text instead of falling back to bytes (small models)",
+    )
+    train.add_argument("--text-key", default="text", help="key of the text in JSON lines")
+    train.add_argument("--limit", type=int, metavar="MB", help="read so much text at most")
+    train.set_defaults(run=_run_train)
+
+    inspect = actions.add_parser("inspect", help="say what a model is")
+    inspect.add_argument("model")
+    inspect.add_argument("--text", help="also show how this text is cut")
+    inspect.set_defaults(run=_run_inspect)
+
+    adopt = actions.add_parser("import", help="check an existing model and copy it, with a card")
+    adopt.add_argument("model")
+    adopt.add_argument("--out", required=True, metavar="MODEL")
+    for name in ("bos", "eos", "pad"):
+        adopt.add_argument(f"--{name}", type=int, metavar="ID", help=f"id to use as {name}")
+    adopt.set_defaults(run=_run_import)
+
+
+def train_model(
+    inputs: list[str],
+    vocab_size: int,
+    *,
+    byte_fallback: bool = True,
+    text_key: str = "text",
+    limit_mb: int | None = None,
+) -> Tokenizer:
+    """A sentencepiece BPE model of the non-empty lines of the documents.
+
+    Identity normalisation, digits split, no whitespace removed: decoding gives back the text.
+    One thread, no sampling and no path in the model: the same text gives the same bytes.
+    Raises DataError where the text cannot fill the vocabulary.
+    """
+    writer = io.BytesIO()
+    # Newlines never reach the trainer (they end its sentences): bytes stand for them, or a symbol.
+    coverage: dict[str, Any] = {"byte_fallback": True, "character_coverage": 0.9995}
+    if not byte_fallback:
+        coverage = {"user_defined_symbols": ["\n"], "character_coverage": 1.0}
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(inputs, text_key, limit_mb),
+            model_writer=writer,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            add_dummy_prefix=True,
+            max_sentence_length=8 * LONGEST_LINE,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            num_threads=1,
+            minloglevel=2,
+            **coverage,
+        )
+    except RuntimeError as e:
+        raise DataError(
+            f"tokenizer train --vocab-size {vocab_size}: {_last_line(e)}",
+            "the text holds enough different words to fill the vocabulary, and the vocabulary "
+            "holds the special pieces, the bytes (256) or characters, and some merges",
+            "give more text, or another --vocab-size",
+        ) from e
+    return Tokenizer(writer.getvalue(), "trained")
+
+
+def _last_line(e: RuntimeError) -> str:
+    return (str(e).strip().splitlines() or ["training failed"])[-1]
+
+
+def _lines(inputs: list[str], text_key: str, limit_mb: int | None) -> Iterator[str]:
+    room = float("inf") if limit_mb is None else limit_mb * 1e6
+    used = 0
+    for file in find_inputs(inputs):
+        for document in documents(file, text_key):
+            if document.bad:
+                continue
+            rest = ""
+            try:
+                for part in document.parts():
+                    *lines, rest = (rest + part).split("\n")
+                    for line in lines:
+                        yield from _pieces(line)
+            except BadDocument:
+                continue
+            yield from _pieces(rest)
+            used += 1
+            room -= sum(len(part.encode()) for part in document.parts())
+            if room <= 0:
+                return
+    if not used:
+        raise DataError(
+            f"input {', '.join(inputs)}: no usable document",
+            "a tokenizer is trained on text",
+            "check the inputs and --text-key",
+        )
+
+
+def _pieces(line: str) -> Iterator[str]:
+    line = line.strip()
+    if line:
+        yield from (piece for piece, _ in cut([line], at_spaces=True, size=LONGEST_LINE))
+
+
+def bytes_per_token(tokenizer: Tokenizer, inputs: list[str], text_key: str = "text") -> float:
+    """Mean over all documents, bos and eos not counted."""
+    size = tokens = 0
+    for file in find_inputs(inputs):
+        for document in documents(file, text_key):
+            try:
+                size += sum(len(part.encode()) for part in document.parts())
+                tokens += len(tokenizer.encode_parts(document.parts()))
+            except BadDocument:
+                continue
+    return size / max(tokens, 1)
+
+
+def _card(title: str, origin: str, tokenizer: Tokenizer, more: str = "") -> str:
+    return f"# {title}\n\n{origin}\n\n```\n{tokenizer.describe()}\n```\n{more}"
+
+
+def _write(tokenizer: Tokenizer, out: str, card: str) -> None:
+    path = Path(out)
+    if path.suffix != ".model":
+        raise ConfigError(f"--out {out}", "a model file ends in .model", f"--out {out}.model")
+    write_atomically(path, tokenizer.model)
+    write_atomically(path.with_suffix(".md"), card.encode())
+    print(tokenizer.describe())
+    print(f"written: {path} and its card {path.with_suffix('.md')}")
+
+
+def _run_train(args: argparse.Namespace) -> int:
+    tokenizer = train_model(
+        args.inputs,
+        args.vocab_size,
+        byte_fallback=not args.no_byte_fallback,
+        text_key=args.text_key,
+        limit_mb=args.limit,
+    )
+    density = bytes_per_token(tokenizer, args.inputs, args.text_key)
+    command = ["titans-pretrain", "tokenizer", "train", *args.inputs]
+    command += ["--vocab-size", str(args.vocab_size), "--out", args.out]
+    command += ["--no-byte-fallback"] if args.no_byte_fallback else []
+    command += ["--text-key", args.text_key] if args.text_key != "text" else []
+    command += ["--limit", str(args.limit)] if args.limit is not None else []
+    names = ", ".join(file.name for file in find_inputs(args.inputs)[:10])
+    card = _card(
+        Path(args.out).stem,
+        f"Trained on {names} by\n\n```\n{shlex.join(command)}\n```\n\n"
+        f"(sentencepiece {sentencepiece.__version__}); the command gives this file again, byte for "
+        "byte.",
+        tokenizer,
+        f"\n{density:.3f} bytes per token on its training text.\n",
+    )
+    _write(tokenizer, args.out, card)
+    print(f"{density:.3f} bytes per token on its training text")
+    return 0
+
+
+def _run_inspect(args: argparse.Namespace) -> int:
+    tokenizer = Tokenizer.load(args.model, complete=False)
+    print(tokenizer.describe())
+    if args.text is not None:
+        ids = [int(i) for i in tokenizer.encode(args.text)]
+        print(f"{len(ids)} tokens: " + " ".join(tokenizer.processor.id_to_piece(ids)))
+        print(f"ids: {ids}\ndecoded: {tokenizer.decode(ids)!r}")
+    return 0
+
+
+def _run_import(args: argparse.Namespace) -> int:
+    tokenizer = Tokenizer.load(args.model, bos=args.bos, eos=args.eos, pad=args.pad)
+    given = [
+        f"--{n} {getattr(args, n)}" for n in ("bos", "eos", "pad") if getattr(args, n) is not None
+    ]
+    note = f" Pass {' '.join(given)} to `prepare` too." if given else ""
+    _write(tokenizer, args.out, _card(Path(args.out).stem, f"Imported unchanged.{note}", tokenizer))
+    return 0

@@ -1,0 +1,177 @@
+"""The sentencepiece tokenizer: documents to ids and back, in bounded memory for any document."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+from numpy.typing import NDArray
+
+from titans_pretrain.errors import DataError
+
+PIECE = 1 << 16  # characters encoded at a time
+
+
+class Tokenizer:
+    """A sentencepiece model with its special ids. Raises DataError if the model lacks one.
+
+    `bos`, `eos` and `pad` may be given as ids to stand in for those that the model lacks;
+    `complete=False` lets a model without them be looked at (its id is -1).
+    """
+
+    def __init__(
+        self,
+        model: bytes,
+        name: str = "tokenizer",
+        *,
+        bos: int | None = None,
+        eos: int | None = None,
+        pad: int | None = None,
+        complete: bool = True,
+    ) -> None:
+        self.model, self.name, self._complete = model, name, complete
+        self.hash = hashlib.sha256(model).hexdigest()
+        self.processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self.processor.LoadFromSerializedProto(model)
+        except RuntimeError as e:
+            raise DataError(
+                f"tokenizer {name}: {str(e).strip() or 'cannot be parsed'}",
+                "a tokenizer is a sentencepiece .model file",
+                "give the .model file, not the .vocab or a folder; fetch it again if it was cut",
+            ) from e
+        self.vocab_size: int = self.processor.get_piece_size()
+        self.unk: int = self.processor.unk_id()
+        self.bos = self._special("bos", self.processor.bos_id(), bos)
+        self.eos = self._special("eos", self.processor.eos_id(), eos)
+        self.pad = self._special("pad", self.processor.pad_id(), pad)
+        # Text is cut at single spaces where pieces take the space in front of them: there, and
+        # only there, encoding parts equals encoding the whole.
+        self._dummy = self.processor.encode("a b") == [
+            *self.processor.encode("a"),
+            *self.processor.encode("b"),
+        ]
+        newline = self.processor.encode("\n")
+        joined = self.processor.encode("\na")
+        self._newline = newline if joined[: len(newline)] == newline else []
+
+    @classmethod
+    def load(cls, path: str | Path, **special: Any) -> Tokenizer:
+        """Reads a .model file. Raises DataError."""
+        try:
+            model = Path(path).read_bytes()
+        except OSError as e:
+            raise DataError(
+                f"tokenizer {path}: {e.strerror}",
+                "a tokenizer is a sentencepiece .model file",
+                "give the path of a .model file, e.g. tokenizers/titans-32k.model",
+            ) from e
+        return cls(model, str(path), **special)
+
+    def _special(self, name: str, own: int, given: int | None) -> int:
+        value = own if given is None else given
+        if not 0 <= value < self.vocab_size and (self._complete or given is not None):
+            found = f"no {name} id" if given is None else f"{name} id {given}"
+            raise DataError(
+                f"tokenizer {self.name}: {found}",
+                f"documents need bos, eos and pad ids within 0..{self.vocab_size - 1}",
+                f"import the model with --{name} ID, naming a piece that text never produces",
+            )
+        return value
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest little-endian type that holds every id."""
+        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """Ids of a text, without bos and eos."""
+        return self.encode_parts([text])
+
+    def encode_parts(self, parts: Iterable[str]) -> NDArray[np.int64]:
+        """Ids of the text that `parts` join to, whatever the parts: as `encode`, but holding
+        only a few pieces of text at a time."""
+        ids = [np.asarray(piece, self.dtype) for piece in self._encode_pieces(parts)]
+        return np.concatenate([np.zeros(0, self.dtype), *ids])
+
+    def encode_documents(self, texts: Sequence[str]) -> list[NDArray]:
+        """bos + text + eos for each document."""
+        ends = np.asarray([self.bos], self.dtype), np.asarray([self.eos], self.dtype)
+        return [np.concatenate([ends[0], self.encode(text), ends[1]]) for text in texts]
+
+    def _encode_pieces(self, parts: Iterable[str]) -> Iterator[list[int]]:
+        for piece, joint in cut(parts, at_spaces=self._dummy):
+            if joint == "inside":
+                # A dummy space must not appear inside a word: put a newline in front, and take
+                # its ids off again.
+                ids = self.processor.encode("\n" + piece) if self._newline else []
+                yield ids[len(self._newline) :] if ids else self.processor.encode(piece)
+            else:
+                yield self.processor.encode(piece)
+
+    def decode(self, ids: Sequence[int] | NDArray) -> str:
+        """The text of ids; bos, eos and pad vanish."""
+        return self.processor.decode([int(i) for i in ids])
+
+    def describe(self) -> str:
+        """What the model is, in words."""
+        kinds = {"byte": 0, "control": 0}
+        for i in range(self.vocab_size):
+            kinds["byte"] += self.processor.is_byte(i)
+            kinds["control"] += self.processor.is_control(i)
+        fallback = (
+            "unknown characters become bytes, so any text round-trips"
+            if kinds["byte"]
+            else "no byte fallback: a character outside the vocabulary becomes unk"
+        )
+        return (
+            f"sentencepiece model, {self.vocab_size:,} pieces "
+            f"({kinds['byte']} bytes, {kinds['control']} control)\n"
+            f"sha256 {self.hash}\n"
+            f"special ids: unk {self.unk}, bos {self.bos}, eos {self.eos}, pad {self.pad}\n"
+            f"tokens are stored as {self.dtype.itemsize * 8}-bit integers\n{fallback}"
+        )
+
+
+def cut(parts: Iterable[str], at_spaces: bool, size: int = PIECE) -> Iterator[tuple[str, str]]:
+    """Cuts a text into pieces of about `size` characters, the same for any cutting into `parts`.
+
+    Yields (piece, joint); the joint tells what precedes the piece: "start" of the text, a
+    "space" (which is left out: encoding puts one before each piece), or "inside", a cut within a
+    stretch without single spaces. Where `at_spaces` is False every cut is "inside".
+    """
+    text, joint, source = "", "start", iter(parts)
+    more = True
+    while more:
+        held: list[str] = [text]
+        length = len(text)
+        while length <= size + 1 and more:
+            part = next(source, None)
+            more = part is not None
+            held.append(part or "")
+            length += len(held[-1])
+        text = "".join(held)
+        begin = 0
+        # One character beyond the cut must be known, to tell a single space from several.
+        while len(text) - begin > size + 1:
+            stop = _single_space(text, begin, begin + size) if at_spaces else -1
+            yield text[begin : stop if stop > 0 else begin + size], joint
+            begin, joint = (stop + 1, "space") if stop > 0 else (begin + size, "inside")
+        text = text[begin:]
+    if text:
+        yield text, joint
+
+
+def _single_space(text: str, begin: int, end: int) -> int:
+    """The last single space between two other characters in the later half of begin..end."""
+    place = end
+    while True:
+        place = text.rfind(" ", begin + (end - begin) // 2, place)
+        if place < 0:
+            return -1
+        if not text[place - 1].isspace() and not text[place + 1].isspace():
+            return place
