@@ -1,5 +1,274 @@
-"""step -> batches of one rank, and the few numbers that resume them."""
+"""step -> batches of one rank, and the few numbers that resume them.
 
-from titans_pretrain.data.batch import Batch, batch_hash
+The order of samples is a function of (manifest, seed, sample number). Step t covers the samples
+[S_t, S_t + global batch); each data-parallel rank takes its slice of them. The only state is the
+next sample number and the intervals to skip: the same on every rank, whatever the layout.
+"""
 
-__all__ = ["Batch", "batch_hash"]
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from titans_pretrain.config import DataConfig
+from titans_pretrain.data.batch import Batch, batch_hash, concatenate
+from titans_pretrain.data.manifest import Manifest, load_manifest
+from titans_pretrain.data.order import Order, permute, take
+from titans_pretrain.data.shards import BlockReader
+from titans_pretrain.errors import ConfigError, DataError, NodeError, TitansError
+
+__all__ = ["Batch", "TrainStream", "batch_hash", "concatenate", "validation_batches"]
+
+VERSION = 1
+PREFETCH = 2  # batches read ahead by each worker
+
+State = dict[str, Any]
+Rows = tuple[Tensor, ...]
+
+
+class _Samples(Dataset[Rows]):
+    """Sample numbers -> rows. Travels to the workers as a recipe and opens its files there."""
+
+    def __init__(self, folder: str, split: str, length: int, align: int, vocab: int, seed: int):
+        self.recipe = (folder, split, length, align, vocab, seed)
+        self._open: tuple[BlockReader, Order] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"recipe": self.recipe, "_open": None}
+
+    def opened(self, manifest: Manifest | None = None) -> tuple[BlockReader, Order]:
+        if self._open is None:
+            folder, split, length, align, vocab, seed = self.recipe
+            manifest = manifest or load_manifest(folder)
+            reader = BlockReader(manifest, split, length, align, vocab)
+            self._open = reader, Order(reader.blocks, f"{manifest.hash}:{seed}")
+        return self._open
+
+    def __getitems__(self, samples: list[int]) -> Rows | TitansError:
+        """The rows of the samples, or the error that reading them met (raised by the consumer:
+        on its way through the loader an exception would lose its fields)."""
+        try:
+            return self.rows(np.asarray(samples, np.int64))
+        except TitansError as e:
+            return e
+
+    def rows(self, samples: NDArray[np.int64]) -> Rows:
+        reader, order = self.opened()
+        address = order.locate(samples)
+        return _read(reader, samples, address.shard, address.block)
+
+
+def _read(reader: BlockReader, samples: NDArray, shards: NDArray, blocks: NDArray) -> Rows:
+    """Rows [B, T] as (tokens, labels, positions, loss_mask, samples); sample -1: all pads."""
+    shape = (len(samples), reader.sequence_length)
+    pad = reader.manifest.pad
+    tokens = np.full(shape, pad, np.int64)
+    labels = np.full(shape, pad, np.int64)
+    positions = np.full(shape, -1, np.int64)
+    mask = np.zeros(shape, bool)
+    for i in np.flatnonzero(samples >= 0):
+        reader.read(int(shards[i]), int(blocks[i]), tokens[i], labels[i], positions[i], mask[i])
+    return tuple(torch.from_numpy(a) for a in (tokens, labels, positions, mask, samples))
+
+
+def _batches(rows: Rows, micro_batch: int) -> list[Batch]:
+    source = torch.zeros(len(rows[-1]), dtype=torch.int64)
+    parts = [part.split(micro_batch) for part in (*rows, source)]
+    return [Batch(*fields) for fields in zip(*parts)]
+
+
+class TrainStream:
+    """The training batches of one rank.
+
+        stream = TrainStream(config.data, global_batch=24, micro_batch=2, align=16)
+        for micro_batches, state in stream.batches(stream.start()):
+            ...                                        # state: resume here, same on all ranks
+
+    `micro_batches` is a list of Batch with `micro_batch` rows each, `global_batch / dp_size` rows
+    in all. `vocab_size` is the model's (default: the tokenizer's); larger ids raise DataError.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        align: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        vocab_size: int | None = None,
+        split: str = "train",
+    ) -> None:
+        if global_batch % (dp_size * micro_batch):
+            raise ConfigError(
+                f"train.global_batch={global_batch}, data-parallel ranks={dp_size}, "
+                f"train.micro_batch={micro_batch}",
+                "the global batch is a whole number of micro-batches on each rank",
+                f"make global_batch a multiple of {dp_size * micro_batch}",
+            )
+        self.data, self.align = data, align
+        self.manifest = load_manifest(_folder(data))
+        self.global_batch, self.micro_batch = global_batch, micro_batch
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self._samples = _Samples(
+            _folder(data),
+            split,
+            data.sequence_length,
+            align,
+            vocab_size or self.manifest.vocab_size,
+            data.seed,
+        )
+        reader, _ = self._samples.opened(self.manifest)
+        self.samples_per_epoch = int(reader.blocks.sum())
+
+    def start(self) -> State:
+        """The state before the first step."""
+        return {
+            "version": VERSION,
+            "manifest": self.manifest.hash,
+            "tokenizer": self.manifest.tokenizer_hash,
+            "seed": self.data.seed,
+            "seq_len": self.data.sequence_length,
+            "align": self.align,
+            "next_sample": 0,
+            "skips": [],
+            "quarantine": [],
+        }
+
+    def load_state(self, saved: State) -> tuple[State, list[str]]:
+        """(the state to go on from, the changes accepted: words for the log).
+
+        Raises DataError where the saved state speaks of another manifest, tokenizer, seed,
+        sequence length or alignment, unless `data.allow_changed` is set.
+        """
+        now = self.start()
+        if saved.get("version") != VERSION:
+            raise DataError(
+                f"stream state of version {saved.get('version')}",
+                f"this program resumes version {VERSION}",
+                "resume with the program that wrote the checkpoint",
+            )
+        fixed = ("manifest", "tokenizer", "seed", "seq_len", "align")
+        changes = [
+            f"{key}: was {_short(saved[key])}, is {_short(now[key])}"
+            for key in fixed
+            if saved[key] != now[key]
+        ]
+        if changes and not self.data.allow_changed:
+            raise DataError(
+                f"resuming with changed data: {'; '.join(changes)}",
+                "a run goes on with the data order it began with",
+                "restore the data or the config; or set data.allow_changed=true to go on at the "
+                "same sample number of the new order",
+            )
+        kept = {key: saved[key] for key in ("next_sample", "skips", "quarantine")}
+        return {**now, **kept}, changes
+
+    def skip(self, state: State, start: int, stop: int) -> State:
+        """The state with the samples [start, stop) left out from now on."""
+        return {**state, "skips": sorted([*state["skips"], [start, stop]])}
+
+    def batches(self, state: State) -> Iterator[tuple[list[Batch], State]]:
+        """Endless (micro-batches of this rank, state after them). Closing the iterator stops the
+        workers; what they have read ahead is thrown away. Raises DataError and NodeError."""
+        if self.data.workers == 0:
+            for mine, after in self._plan(state):
+                yield _batches(self._samples.rows(mine), self.micro_batch), after
+            return
+        loader = DataLoader(
+            self._samples,
+            batch_sampler=_Plan(self, state),  # type: ignore[arg-type]
+            num_workers=self.data.workers,
+            collate_fn=_as_read,
+            prefetch_factor=PREFETCH,
+            multiprocessing_context="forkserver",  # a fork after backward may hang
+            generator=torch.Generator(),  # or the loader would draw from the global one
+        )
+        rows = iter(loader)
+        for _, after in self._plan(state):
+            try:
+                read = next(rows)
+            except RuntimeError as e:
+                raise NodeError(
+                    f"data worker: {e}",
+                    "loader processes live as long as the run",
+                    "look for the system's out-of-memory killer; lower data.workers",
+                ) from e
+            if isinstance(read, TitansError):
+                raise read
+            yield _batches(read, self.micro_batch), after
+
+    def _plan(self, state: State) -> Iterator[tuple[NDArray[np.int64], State]]:
+        """This rank's sample numbers, step by step, and the state after each step."""
+        per_rank = self.global_batch // self.dp_size
+        skips = [(int(a), int(b)) for a, b in state["skips"]]
+        while True:
+            samples, following = take(int(state["next_sample"]), self.global_batch, skips)
+            state = {**state, "next_sample": following}
+            yield samples[self.dp_rank * per_rank : (self.dp_rank + 1) * per_rank], state
+
+
+class _Plan:
+    """The loader's batch sampler: this rank's sample numbers, step by step."""
+
+    def __init__(self, stream: TrainStream, state: State) -> None:
+        self.stream, self.state = stream, state
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for samples, _ in self.stream._plan(self.state):
+            yield samples.tolist()
+
+
+def _as_read(rows: Any) -> Any:
+    return rows
+
+
+def _folder(data: DataConfig) -> str:
+    (source,) = data.sources.values()
+    return source.path
+
+
+def _short(value: object) -> str:
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 16 else str(value)
+
+
+def validation_batches(
+    data: DataConfig,
+    *,
+    micro_batch: int,
+    align: int,
+    rows: int = 0,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    vocab_size: int | None = None,
+    manifest: Manifest | None = None,
+) -> Iterator[Batch]:
+    """The validation split, once: every rank yields the same number of batches.
+
+    `rows` > 0 reads so many rows, chosen by the manifest's hash alone; 0 reads all. Missing rows
+    of the last batches are pads throughout (sample -1, mask False), so that a mean weighted by
+    the mask's tokens is the same for every layout.
+    """
+    manifest = manifest or load_manifest(_folder(data))
+    reader = BlockReader(manifest, "validation", data.sequence_length, align, vocab_size)
+    ends = np.cumsum(reader.blocks)
+    total = int(ends[-1])
+    chosen = np.arange(total)
+    if 0 < rows < total:
+        chosen = np.sort(permute(np.arange(rows), total, f"{manifest.hash}:validation"))
+    step = dp_size * micro_batch
+    samples = np.full(-(-len(chosen) // step) * step, -1, np.int64)
+    samples[: len(chosen)] = chosen
+    for begin in range(0, len(samples), step):
+        mine = samples[begin + dp_rank * micro_batch :][:micro_batch]
+        shards = np.searchsorted(ends, mine, side="right")
+        blocks = mine - (ends - reader.blocks)[shards]
+        yield _batches(_read(reader, mine, shards, blocks), micro_batch)[0]
+    reader.close()

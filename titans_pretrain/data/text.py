@@ -94,7 +94,7 @@ def _unpacked(packed: IO[bytes], compression: str) -> IO[bytes]:
         return gzip.open(packed)  # type: ignore[return-value]
     if compression == ".xz":
         return lzma.open(packed)
-    return zstandard.open(packed) if compression == ".zst" else packed
+    return zstandard.open(packed) if compression == ".zst" else packed  # type: ignore[arg-type]
 
 
 @contextmanager
