@@ -7,10 +7,12 @@ position is above 0 continues the document that the carried state belongs to.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from titans_pretrain.memory.layer import ConvPlan
 from titans_pretrain.model.blocks import Rotation, rotation
 
 
@@ -20,7 +22,7 @@ class AttentionPlan:
 
     rotation: Rotation
     mask: Tensor | None  # [B, 1, T, S]; None: plain causal attention says the same
-    positions: Tensor  # [B, S - keep]: of the keys to carry on
+    positions: Tensor  # [B, S - keep] on the CPU: of the keys to carry on
     keep: int  # the first key to carry on
 
 
@@ -32,13 +34,15 @@ def attention_plan(
     head_width: int,
     rope_base: float,
     dtype: torch.dtype,
+    device: torch.device,
 ) -> AttentionPlan:
     """A query sees the keys of its document at distance 0 .. window - 1.
 
     positions [B, T]; past [B, P]: positions of the carried keys, or None.
     """
+    positions = positions.cpu()  # branches below would wait for a device
     T = positions.shape[1]
-    everything = positions if past is None else torch.cat((past.to(positions), positions), dim=1)
+    everything = positions if past is None else torch.cat((past.cpu(), positions), dim=1)
     S = everything.shape[1]
     real, start = everything >= 0, everything == 0
     keep = _first_to_keep(everything, window)
@@ -47,7 +51,8 @@ def attention_plan(
     # Pads at a row's end need no mask: no real token comes after them.
     if S != T or not one_document or (window is not None and window < T):
         document = start.cumsum(1)
-        column = torch.arange(S, device=positions.device)
+        document, real, everything = (x.to(device) for x in (document, real, everything))
+        column = torch.arange(S, device=device)
         query = column[S - T :, None]
         mask = (document[:, S - T :, None] == document[:, None, :]) & real[:, None, :]
         mask &= column <= query
@@ -56,9 +61,9 @@ def attention_plan(
         mask |= column == query  # a pad sees itself: a softmax over nothing is NaN
         mask = mask[:, None]
     return AttentionPlan(
-        rotation=rotation(positions, head_width, rope_base, dtype),
+        rotation=rotation(positions.to(device), head_width, rope_base, dtype),
         mask=mask,
-        positions=everything[:, keep:],
+        positions=everything[:, keep:].cpu(),
         keep=keep,
     )
 
@@ -74,3 +79,161 @@ def _first_to_keep(positions: Tensor, window: int | None) -> int:
         first = torch.maximum(first, last - (window - 2))
     first = first.where(real.any(1), S)
     return int(first.amin())
+
+
+@dataclass(frozen=True)
+class SegmentStep:
+    """One segment of each of the n documents that have so many, side by side in slots [n, w].
+
+    Slot j of the step stands for the segment's token `begin + j`.
+    """
+
+    documents: int  # n; they are the first n of the plan's documents
+    begin: int
+    end: int  # w = end - begin
+    retrieved: tuple[int, int]  # memory tokens of the segment: formed in this step, from .. to
+    positions: Tensor  # [n, w] in the document, -1 at pads
+    conv: ConvPlan
+    mask: Tensor  # [1, 1, w, persistent + retrieved[1] + end]: persistent | retrieved | segment
+    closing: Tensor  # [c] which of the n documents end here and are their row's last
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    """Documents cut into segments of G tokens, each counted from its document's start.
+
+    Documents are sorted by their number of segments, so that the documents of a step are a prefix
+    of those of the step before. Slots of all steps lie one after another, [M] in all.
+    """
+
+    rows: ConvPlan  # for the tokens as they lie in rows
+    rotation: Rotation  # of each token by its position in the segment, [B, 1, T, d/2]
+    retrieved_rotation: Rotation  # of each memory token, [1, 1, R, d/2]
+    slots: Tensor  # [M] the token (row * T + column) in each slot, -1 at pads
+    tokens: Tensor  # [B * T] the slot of each token, -1 at pads
+    steps: tuple[SegmentStep, ...]
+    document_rows: Tensor  # [n of the first step] the row of each document
+    fresh: Tensor  # [n, 1, 1, 1] the document starts in this call
+    skipped: Tensor  # [n, 1, 1, 1] tokens of the document's first segment that came before
+    closed: Tensor  # [B] where each row's last document stands among all steps' `closing`
+    empty: Tensor | None  # [B] rows without a token; None: there is none
+
+
+def segment_plan(
+    positions: Tensor,
+    *,
+    segment: int,
+    persistent: int,
+    pool: int | None,
+    learned: int,
+    carried: bool,
+    head_width: int,
+    rope_base: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> SegmentPlan:
+    """positions [B, T]; pool: queries averaged into one memory token, or None: `learned` of them.
+
+    Raises ValueError where a row continues a document and there is no state (`carried`).
+    """
+    positions = positions.cpu()
+    B, T = positions.shape
+    real = positions >= 0
+    first = real & (real.cumsum(1) == 1)
+    row, column = (first | (positions == 0)).nonzero(as_tuple=True)
+    at = positions[row, column]
+    if not carried and (at > 0).any():
+        raise ValueError(
+            f"a row's first position is {int(at.max())} and no state is given; only the state "
+            "of the tokens before can continue a document; pass it, or start at position 0"
+        )
+    rank = real.flatten().cumsum(0)  # documents are whole runs of real tokens
+    begin = rank[row * T + column] - 1
+    length = torch.cat((begin[1:], rank[-1:])) - begin
+    skipped = at % segment
+    count = (skipped + length + segment - 1) // segment
+    final = torch.ones_like(row, dtype=torch.bool)  # the document is its row's last
+    final[:-1] = row[1:] != row[:-1]
+    order = torch.argsort(count, descending=True, stable=True)
+    row, column, at, length, skipped, count, final = (
+        x[order] for x in (row, column, at, length, skipped, count, final)
+    )
+
+    steps, slots, closing = [], [], []
+    for s in range(int(count.max()) if len(count) else 0):
+        n = int((count > s).sum())
+        end = min(segment, int((skipped + length)[:n].max()) - s * segment)
+        start = int(skipped.min()) if s == 0 else 0
+        if pool is not None:
+            start, end = start // pool * pool, -(-end // pool) * pool
+        slot = torch.arange(start, end)
+        offset = s * segment + slot - skipped[:n, None]  # [n, w] from the document's first token
+        inside = (offset >= 0) & (offset < length[:n, None])
+        here = ((at - skipped)[:n, None] + s * segment + slot).where(inside, -1)
+        slots.append((row * T + column)[:n, None].add(offset).where(inside, -1).flatten())
+        ends = ((count[:n] == s + 1) & final[:n]).nonzero().flatten()
+        closing.append(ends)
+        if pool is None:
+            formed, sees = (0, learned), torch.full((learned,), -1)
+        else:
+            formed = (start // pool, end // pool)
+            sees = torch.arange(pool - 1, end, pool)  # the last query pooled into it
+        sees = torch.cat((torch.full((persistent,), -1), sees, torch.arange(end)))
+        steps.append(
+            SegmentStep(
+                documents=n,
+                begin=start,
+                end=end,
+                retrieved=formed,
+                positions=here,
+                conv=ConvPlan.of(here, device),
+                mask=(sees <= slot[:, None])[None, None].to(device),
+                closing=ends.to(device),
+            )
+        )
+    all_slots = torch.cat(slots) if slots else torch.zeros(0, dtype=torch.long)
+    tokens = torch.full((B * T,), -1)
+    filled = all_slots >= 0
+    tokens[all_slots[filled]] = filled.nonzero().flatten()
+    all_closing = torch.cat(closing) if closing else torch.zeros(0, dtype=torch.long)
+    closed = torch.zeros(B, dtype=torch.long)
+    closed[row[all_closing]] = torch.arange(len(all_closing))
+    if pool is None:
+        last_query = torch.zeros(1, learned, dtype=torch.long)
+    else:
+        last_query = torch.arange(pool - 1, segment, pool)[None]
+    empty = ~real.any(1)
+    in_segment = positions.clamp(min=0) % segment
+    return SegmentPlan(
+        rows=ConvPlan.of(positions, device),
+        rotation=rotation(in_segment.to(device), head_width, rope_base, dtype),
+        retrieved_rotation=rotation(last_query.to(device), head_width, rope_base, dtype),
+        slots=all_slots.to(device),
+        tokens=tokens.to(device),
+        steps=tuple(steps),
+        document_rows=row.to(device),
+        fresh=(at == 0)[:, None, None, None].to(device),
+        skipped=skipped[:, None, None, None].to(device),
+        closed=closed.to(device),
+        empty=empty.to(device) if empty.any() else None,
+    )
+
+
+class _Move(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, index.clamp(min=0))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        dx = dy.index_select(0, inverse.clamp(min=0))
+        absent = (inverse < 0).view(-1, *[1] * (dx.dim() - 1))
+        return dx.masked_fill(absent, 0), None, None
+
+
+def move(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """x[index] along the first axis, where index holds each entry once at most, and -1 where what
+    comes does not matter (no gradient flows back from there). `inverse` is the way back."""
+    return _Move.apply(x, index, inverse)

@@ -95,7 +95,7 @@ class TitansLM(nn.Module):
         Returns logits [B, T, V] and the state.
         """
         x = tokens if self.embedding is None else self.embedding(tokens)
-        plan = VARIANTS[self.config.variant].plan(self.config, positions, state, x.dtype)
+        plan = VARIANTS[self.config.variant].plan(self.config, positions, state, x)
         after: dict[str, Any] = {}
         for name, block in self.blocks.items():
             before = None if state is None else state[name]
@@ -144,18 +144,38 @@ def draw(config: ModelConfig, name: str, shape: tuple[int, ...], seed: int) -> T
     | parameter                  | law                                                          |
     |----------------------------|--------------------------------------------------------------|
     | norms' gains               | 1                                                            |
-    | attention.o, mlp.down      | normal, std sqrt(2 / (5 fan_in)) / sqrt(2 blocks)            |
-    | all other matrices         | normal, std sqrt(2 / (5 fan_in)) (arXiv 1910.05895)          |
+    | memory's inner gain, bias  | 1, 0                                                         |
+    | memory's first weights     | Xavier uniform a head; the last layer a tenth of it          |
+    | gates' biases              | theta a quarter of its ceiling, alpha 0.003, eta 0.6         |
+    | convolutions               | uniform in +-1/2 (1 / sqrt(taps))                            |
+    | learned queries            | normal, std 1 (only their direction counts)                  |
+    | attention.o, memory.out,   |                                                              |
+    |   mlp.down                 | normal, std sqrt(2 / (5 fan_in)) / sqrt(2 blocks)            |
+    | all else, last axis fan_in | normal, std sqrt(2 / (5 fan_in)) (arXiv 1910.05895)          |
     """
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     owner, _, leaf = name.rpartition(".")
-    if "norm" in owner.rpartition(".")[2] and leaf == "weight":
-        return torch.ones(shape)
+    empty = torch.empty(shape)
+    if owner.endswith("norm") or leaf == "inner_gain":
+        return empty.fill_(1)
+    if leaf == "inner_bias":
+        return empty.fill_(0)
+    if owner.endswith(".initial"):
+        bound = math.sqrt(6 / (shape[-2] + shape[-1]))
+        if int(leaf) == config.memory.depth - 1:
+            bound /= 10
+        return empty.uniform_(-bound, bound, generator=generator)
+    if owner.endswith(".gates") and leaf == "bias":  # [H, L, 3]: theta, alpha, eta
+        return torch.tensor([0.25, 0.003, 0.6]).logit().repeat(shape[0] // 3)
+    if owner.endswith("_conv"):
+        return empty.uniform_(-0.5, 0.5, generator=generator)
+    if leaf == "asked":
+        return empty.normal_(generator=generator)
     std = math.sqrt(2 / (5 * shape[-1]))
     if owner.endswith((".o", ".down", ".out")):
         std /= math.sqrt(2 * config.blocks)
-    return torch.empty(shape).normal_(0, std, generator=generator)
+    return empty.normal_(0, std, generator=generator)
 
 
 def kind(name: str) -> str:

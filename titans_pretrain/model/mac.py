@@ -1,0 +1,324 @@
+"""MAC: the memory's answers as context of segment attention (Titans, section 4.1).
+
+Shape letters: B rows, T tokens of a row, n documents of a step, w slots of a step, D model width,
+H heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titans_pretrain.config import ModelConfig
+from titans_pretrain.memory.layer import TAIL, MemoryLayer
+from titans_pretrain.memory.state import MemoryState, concatenate
+from titans_pretrain.model.blocks import Attention, rotate
+from titans_pretrain.model.packing import SegmentPlan, SegmentStep, move, segment_plan
+
+
+@dataclass(frozen=True)
+class MacState:
+    """What each row carries on: the memory, the convolutions' tails and its open segment."""
+
+    memory: MemoryState
+    asked_tail: Tensor | None  # [B, 3, D] of the queries of X
+    tails: tuple[Tensor, ...]  # of queries, keys, values of Y, each [B, 3, D]
+    frozen: tuple[Tensor, ...]  # the memory's weights at the open segment's start [B, H, a, o]
+    segment: tuple[Tensor, ...]  # keys and values of the open segment, each [B, H, slots, d]
+    retrieved: tuple[Tensor, ...]  # keys and values of its memory tokens, likewise
+    query: Tensor  # [B, H, 1, d] with which the last token asked the memory
+
+
+class MacMixer(nn.Module):
+    """Memory as context (Titans, equations 21-25), read so that no token sees a later one.
+
+    For each segment X of a document, with the memory's weights W at the segment's start:
+        h = M(q(X); W)                             asked of the frozen memory
+        Y = o(attention(X; persistent | h | X))    h is seen once all its queries are past
+        W_t: the memory written with k(Y), v(Y)    token by token
+        out(Y * sigmoid(norm(M(q(Y); W_t))))
+    Attention is one layer, so the outputs of persistent and h rows are never needed: these rows
+    are keys and values alone. Persistent keys are not rotated; h has the position of its last
+    query; positions count from the segment's start.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        memory: MemoryLayer,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        D, d = config.width, config.head_width
+        self.attention = Attention(D, d, device=device, dtype=dtype)
+        self.memory = memory
+        self.pool = POOL[config.memory.retrieved]
+        self.persistent = self.asked = None
+        if config.persistent_tokens:
+            shape: tuple[int, ...] = (config.persistent_tokens, D)
+            self.persistent = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        if self.pool is None:
+            shape = (config.heads, config.memory.learned_queries, d)
+            self.asked = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        # Where features of all heads meet those of one's own, for whoever shards the heads:
+        self.gather_heads = nn.Identity()  # h before the attention's projections
+        self.scatter_heads = nn.Identity()  # Y before the product with what its heads read
+
+    def forward(
+        self, x: Tensor, plan: SegmentPlan, state: MacState | None, carry: bool
+    ) -> tuple[Tensor, MacState | None]:
+        """x [B, T, D] -> [B, T, D], and what the rows carry on."""
+        if not plan.steps:  # pads alone
+            return torch.zeros_like(x), state if state or not carry else self._blank(x)
+        a, m = self.attention, self.memory
+        # What depends on X alone is formed for all tokens at once, then put into slots.
+        q, k, v = a.heads(a.q(x)), a.heads(a.k(x)), a.heads(a.v(x))
+        q, k = rotate(q, plan.rotation), rotate(k, plan.rotation)
+        context = _slots(torch.stack((q, k, v)), plan)
+        queries: list[Tensor | None] = [None] * len(plan.steps)
+        asked_tail = None
+        if self.pool is not None:
+            before = None if state is None else state.asked_tail
+            asked, asked_tail = m.queries(x, plan.rows, before)
+            queries = [part[0] for part in _slots(asked[None], plan)]
+        persistent = None
+        if self.persistent is not None:
+            p = self.persistent[None]
+            persistent = torch.stack((a.heads(a.k(p)), a.heads(a.v(p))))  # [2, 1, H, P, d]
+
+        open_ = None if state is None else _OpenSegment(state, plan)
+        memory = None if open_ is None else open_.memory
+        tails: tuple[Tensor | None, ...] = (None,) * 3 if open_ is None else open_.tails
+        outputs, closed = [], []
+        for s, step in enumerate(plan.steps):
+            n = step.documents
+            query, frozen = queries[s], None if memory is None else memory.weights
+            if open_ is not None and s == 0:
+                query, frozen = open_.query(query, step), open_.frozen(m.start(n).weights)
+            retrieved = self._retrieved(query, frozen, step, plan, x.dtype)  # [2, n, H, r, d]
+            segment = context[s][1:]  # [2, n, H, w, d]
+            if open_ is not None and s == 0:
+                retrieved = open_.retrieved(retrieved, step, self.pool)
+                segment = open_.segment(segment, step)
+            parts = [retrieved, segment]
+            if persistent is not None:
+                parts.insert(0, persistent.expand(-1, n, -1, -1, -1))
+            k, v = torch.cat(parts, dim=3)
+            y = a.attend(context[s][0], k, v, step.mask)  # [n, w, D]
+
+            q_m, q_tail = m.queries(y, step.conv, tails[0])
+            k_m, k_tail = m.keys(y, step.conv, tails[1])
+            v_m, v_tail = m.values(y, step.conv, tails[2])
+            read, memory = m.write(q_m, k_m, v_m, m.rates(y), step.positions, memory)
+            gate = torch.sigmoid(m.normed(read)).to(y.dtype)
+            outputs.append((self.scatter_heads(y) * gate).flatten(0, 1))
+
+            tails = (q_tail, k_tail, v_tail)
+            if carry and len(step.closing):
+                if frozen is None:
+                    frozen = m.start(n).weights
+                ends = (memory, tails, frozen, segment, retrieved, query)
+                closed.append(_close(step, *ends))
+            if s + 1 < len(plan.steps):  # all documents that go on stand on a chunk boundary
+                n = plan.steps[s + 1].documents
+                memory = MemoryState(memory.weights, memory.momentum).rows(n)
+                tails = tuple(t[:n] for t in tails)
+        out = m.out(move(torch.cat(outputs), plan.tokens, plan.slots).view(*x.shape[:2], -1))
+        if not carry:
+            return out, None
+        return out, _by_row(closed, asked_tail, plan, state or self._blank(x))
+
+    def _retrieved(
+        self,
+        query: Tensor | None,
+        frozen: tuple[Tensor, ...] | None,
+        step: SegmentStep,
+        plan: SegmentPlan,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Keys and values [2, n, H, r, d] of the memory tokens that this step's queries form."""
+        a, m = self.attention, self.memory
+        if self.asked is not None:
+            asked = F.normalize(self.asked.to(m.first_weights()[0].dtype), dim=-1, eps=1e-6)
+            query = asked.expand(step.documents, -1, -1, -1)
+        assert query is not None
+        if self.pool is not None and self.pool > 1:
+            query = query.unflatten(2, (-1, self.pool)).mean(3)
+        h = m.retrieve(query, frozen).transpose(1, 2).flatten(-2).to(dtype)  # [n, r, H*d]
+        h = self.gather_heads(h)
+        cos, sin = (t[:, :, slice(*step.retrieved)] for t in plan.retrieved_rotation)
+        return torch.stack((rotate(a.heads(a.k(h)), (cos, sin)), a.heads(a.v(h))))
+
+    def _blank(self, x: Tensor) -> MacState:
+        """The state of rows that have seen no token."""
+        memory = self.memory.start(x.shape[0])
+        H, d = memory.weights[0].shape[1], self.attention.head_width
+        tail = memory.weights[0].new_zeros(x.shape[0], TAIL, H * d)
+        slots = x.new_zeros(x.shape[0], H, 0, d)
+        return MacState(
+            memory=memory,
+            asked_tail=None if self.pool is None else tail,
+            tails=(tail, tail, tail),
+            frozen=memory.weights,
+            segment=(slots, slots),
+            retrieved=(slots, slots),
+            query=tail.new_zeros(x.shape[0], H, 1, d),
+        )
+
+    @staticmethod
+    def plan(
+        config: ModelConfig, positions: Tensor, state: Mapping[str, Any] | None, like: Tensor
+    ) -> SegmentPlan:
+        return segment_plan(
+            positions,
+            segment=config.segment,
+            persistent=config.persistent_tokens,
+            pool=POOL[config.memory.retrieved],
+            learned=config.memory.learned_queries,
+            carried=bool(state),
+            head_width=config.head_width,
+            rope_base=config.rope_base,
+            dtype=like.dtype,
+            device=like.device,
+        )
+
+
+# Queries averaged into one memory token; None: learned queries, which depend on no token.
+POOL: dict[str, int | None] = {"pool1": 1, "pool2": 2, "learned": None}
+
+
+def _slots(x: Tensor, plan: SegmentPlan) -> list[Tensor]:
+    """x [c, B, H, T, d] -> for each step [c, n, H, w, d]."""
+    tokens = x.permute(1, 3, 0, 2, 4).flatten(0, 1)  # [B * T, c, H, d]
+    slots = move(tokens, plan.slots, plan.tokens)
+    parts = slots.split([step.positions.numel() for step in plan.steps])
+    return [
+        part.unflatten(0, tuple(step.positions.shape)).permute(2, 0, 3, 1, 4)
+        for part, step in zip(parts, plan.steps, strict=True)
+    ]
+
+
+class _OpenSegment:
+    """The carried state, laid out for the documents of the first step."""
+
+    def __init__(self, state: MacState, plan: SegmentPlan) -> None:
+        self.state, self.plan, self.rows = state, plan, plan.document_rows
+        self.memory = state.memory.rows(self.rows)
+        self.tails = tuple(t[self.rows] for t in state.tails)
+
+    def frozen(self, first: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Weights at the segment's start; `first`: those of a fresh memory."""
+        inside = self.plan.skipped > 0
+        kept = (
+            torch.where(inside, f[self.rows], w)
+            for f, w in zip(self.state.frozen, self.memory.weights, strict=True)
+        )
+        return tuple(torch.where(self.plan.fresh, w0, w) for w0, w in zip(first, kept, strict=True))
+
+    def query(self, query: Tensor | None, step: SegmentStep) -> Tensor | None:
+        """The step's queries, with that of the last token before the cut put back."""
+        if query is None:
+            return None
+        slot = torch.arange(step.begin, step.end, device=query.device)[:, None]
+        return torch.where(slot == self.plan.skipped - 1, self.state.query[self.rows], query)
+
+    def segment(self, new: Tensor, step: SegmentStep) -> Tensor:
+        """Keys and values of slots 0 .. end, from those of begin .. end."""
+        return self._resume(self.state.segment, new, step.begin, self.plan.skipped)
+
+    def retrieved(self, new: Tensor, step: SegmentStep, pool: int | None) -> Tensor:
+        """Keys and values of the memory tokens so far; learned ones are all formed anew."""
+        if pool is None:
+            return new
+        return self._resume(self.state.retrieved, new, step.retrieved[0], self.plan.skipped // pool)
+
+    def _resume(self, old: tuple[Tensor, ...], new: Tensor, begin: int, count: Tensor) -> Tensor:
+        """The first `count` [n, 1, 1, 1] slots from `old`, the others from `new` [2, n, H, w, d]"""
+        end = begin + new.shape[3]
+        kept = torch.stack(old)[:, self.rows, :, :end]
+        kept = F.pad(kept, (0, 0, 0, end - kept.shape[3]))
+        slot = torch.arange(end, device=new.device)[:, None]
+        return torch.where(slot < count, kept, F.pad(new, (0, 0, begin, 0)))
+
+
+@dataclass(frozen=True)
+class _Closed:
+    """The documents that end in one step, as their rows carry them on."""
+
+    memory: MemoryState
+    tails: tuple[Tensor, ...]
+    frozen: tuple[Tensor, ...]
+    segment: Tensor
+    retrieved: Tensor
+    query: Tensor | None
+
+
+def _close(
+    step: SegmentStep,
+    memory: MemoryState,
+    tails: tuple[Tensor, ...],
+    frozen: tuple[Tensor, ...],
+    segment: Tensor,
+    retrieved: Tensor,
+    query: Tensor | None,
+) -> _Closed:
+    rows = step.closing
+    if query is not None:
+        last = step.positions.to(query.device)[rows].argmax(1)[:, None, None, None]
+        query = query[rows].take_along_dim(last, dim=2)
+    return _Closed(
+        memory=memory.rows(rows),
+        tails=tuple(t[rows] for t in tails),
+        frozen=tuple(w[rows] for w in frozen),
+        segment=segment[:, rows],
+        retrieved=retrieved[:, rows],
+        query=query,
+    )
+
+
+def _by_row(
+    closed: list[_Closed], asked_tail: Tensor | None, plan: SegmentPlan, old: MacState
+) -> MacState:
+    """Puts what ended in any step back into the order of rows; rows without tokens keep `old`."""
+
+    def place(new: list[Tensor], before: Tensor) -> Tensor:
+        """By row, from tensors [c, ..]; those of different numbers of slots are filled up."""
+        if new[0].dim() == 4 and len({t.shape[2] for t in (*new, before)}) > 1:
+            slots = max(t.shape[2] for t in (*new, before))
+            new = [F.pad(t, (0, 0, 0, slots - t.shape[2])) for t in new]
+            before = F.pad(before, (0, 0, 0, slots - before.shape[2]))
+        rows = torch.cat(new)[plan.closed]
+        if plan.empty is None:
+            return rows
+        return torch.where(plan.empty.view(-1, *[1] * (rows.dim() - 1)), before, rows)
+
+    memory = concatenate([c.memory for c in closed])
+    anchor = None
+    if memory.anchor is not None or (plan.empty is not None and old.memory.anchor is not None):
+        olds = old.memory.anchor or old.memory.weights
+        anchor = tuple(place([w], o) for w, o in zip(memory.anchor or memory.weights, olds))
+    query = old.query
+    if asked_tail is not None:
+        query = place([c.query for c in closed if c.query is not None], old.query)
+    return MacState(
+        memory=MemoryState(
+            tuple(place([w], o) for w, o in zip(memory.weights, old.memory.weights)),
+            tuple(place([s], o) for s, o in zip(memory.momentum, old.memory.momentum)),
+            anchor,
+        ),
+        asked_tail=asked_tail,
+        tails=tuple(place([c.tails[i] for c in closed], t) for i, t in enumerate(old.tails)),
+        frozen=tuple(place([c.frozen[i] for c in closed], w) for i, w in enumerate(old.frozen)),
+        segment=tuple(place([c.segment[i] for c in closed], t) for i, t in enumerate(old.segment)),
+        retrieved=tuple(
+            place([c.retrieved[i] for c in closed], t) for i, t in enumerate(old.retrieved)
+        ),
+        query=query,
+    )
