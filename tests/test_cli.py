@@ -1,0 +1,179 @@
+"""The command line: quick answers before torch, exit codes, and what `train` hands over."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from titans_pretrain import cli
+from titans_pretrain.errors import DivergedError
+from titans_pretrain.run import signals
+
+ENGINES = ("torch", "deepspeed", "megatron", "webdataset", "matplotlib", "tensorboard")
+
+
+def _cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs the command in a process of its own; its last line lists the engines imported."""
+    code = (
+        "import atexit, sys; from titans_pretrain.cli import main\n"
+        f"atexit.register(lambda: print('loaded', *[m for m in {ENGINES} if m in sys.modules]))\n"
+        "sys.exit(main())"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"folder: {tmp_path / 'run'}\ndata:\n  sources: {{a: {{path: nowhere}}}}\n")
+    return path
+
+
+def test_help_names_every_command_before_any_engine_is_imported():
+    out = _cli("--help")
+    assert out.returncode == 0, out.stderr
+    for command in ("prepare", "tokenizer", "train", "inspect", "bench", "plot"):
+        assert re.search(rf"\n    {command}\s", out.stdout)
+    assert out.stdout.splitlines()[-1] == "loaded"
+    help_of_train = _cli("train", "--help")
+    assert "--stop-after N" in help_of_train.stdout
+    assert "--init-from CHECKPOINT" in help_of_train.stdout
+    assert help_of_train.stdout.splitlines()[-1] == "loaded"
+
+
+@pytest.mark.parametrize("extra", [[], ["--ranks", "4"]])
+def test_a_config_error_comes_once_and_before_any_engine_is_imported(config, extra, tmp_path):
+    out = _cli("train", str(config), *extra, "optim.lrr=3e-4")
+    assert out.returncode == 2
+    assert out.stdout.splitlines() == ["loaded"]
+    assert out.stderr.count("did you mean optim.lr?") == 1
+    assert out.stderr.startswith("titans-pretrain: config ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_arguments_exit_with_2(config):
+    for arguments in (
+        ["train"],
+        ["train", str(config), "--ranks", "0"],
+        ["train", str(config), "--rank", "1", "optim.lr=1"],
+        ["train", str(config), "--nonsense=3"],
+        ["train", str(config), "plain"],
+        ["bench", "nothing"],
+        ["nothing"],
+        [],
+    ):
+        out = _cli(*arguments)
+        assert out.returncode == 2, arguments
+        assert "Traceback" not in out.stderr
+
+
+def test_ranks_within_a_rank_are_refused(config):
+    out = _cli("train", str(config), "--ranks", "2", RANK="0")
+    assert out.returncode == 2
+    assert "--ranks 2 with RANK=0" in out.stderr
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    """Stands in for the training program; notes what it was given."""
+    seen = []
+
+    def run_training(config, *, stop_after, init_from):
+        seen.append((config, stop_after, init_from, signals.install()._before != {}))
+        return 75
+
+    module = types.ModuleType("titans_pretrain.train")
+    module.run_training = run_training
+    monkeypatch.setitem(sys.modules, "titans_pretrain.train", module)
+    yield seen, module
+    signals.install().restore()
+
+
+def test_train_hands_over_config_and_options_with_the_handlers_set(config, trainer):
+    seen, _ = trainer
+    arguments = ["train", str(config), "optim.lr=0.25", "--stop-after", "7"]
+    arguments += ["train.steps=9", "--init-from", "runs/a", "train.seed=3"]
+    assert cli.main(arguments) == 75
+    [(given, stop_after, init_from, handled)] = seen
+    assert (given.optim.lr, given.train.steps, given.train.seed) == (0.25, 9, 3)
+    assert (stop_after, init_from, handled) == (7, "runs/a", True)
+
+
+def test_errors_become_a_message_and_their_exit_code(config, trainer, capsys):
+    _, module = trainer
+
+    def diverge(*args, **kwargs):
+        raise DivergedError("loss=nan at step 3", "losses are finite", "lower optim.lr")
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    module.run_training = diverge
+    assert cli.main(["train", str(config)]) == 4
+    assert capsys.readouterr().err == (
+        "titans-pretrain: loss=nan at step 3\n  rule:   losses are finite\n"
+        "  remedy: lower optim.lr\n"
+    )
+    module.run_training = interrupt
+    assert cli.main(["train", str(config)]) == 130
+
+
+def test_ranks_starts_the_same_command_as_that_many_processes(config, tmp_path):
+    """Through the real command, with a trainer that only says what it got."""
+    stand_in = tmp_path / "path" / "sitecustomize.py"
+    stand_in.parent.mkdir()
+    stand_in.write_text(
+        "import os, sys, types\n"
+        "def run_training(config, *, stop_after, init_from):\n"
+        "    print(os.environ['RANK'], os.environ['WORLD_SIZE'], config.optim.lr, stop_after,\n"
+        "          init_from, flush=True)\n"
+        "    return 75\n"
+        "module = types.ModuleType('titans_pretrain.train')\n"
+        "module.run_training = run_training\n"
+        "sys.modules['titans_pretrain.train'] = module\n"
+    )
+    arguments = ["train", str(config), "--ranks", "2", "optim.lr=0.5", "--stop-after", "3"]
+    path = os.pathsep.join(filter(None, [str(stand_in.parent), os.environ.get("PYTHONPATH")]))
+    out = _cli(*arguments, "--init-from", "x", PYTHONPATH=path)
+    assert out.returncode == 75, out.stderr
+    assert out.stdout.splitlines() == ["0 2 0.5 3 x", "loaded"]
+    other = tmp_path / "run" / "logs" / "rank-00001.out"
+    assert other.read_text() == "1 2 0.5 3 x\n"
+
+
+def test_bench_passes_its_arguments_on(monkeypatch):
+    seen = []
+    module = types.ModuleType("titans_pretrain.memory.benchmark")
+    module.main = lambda argv: seen.append(argv)
+    monkeypatch.setitem(sys.modules, "titans_pretrain.memory.benchmark", module)
+    assert cli.main(["bench", "memory", "--tokens", "64", "--help"]) == 0
+    assert seen == [["--tokens", "64", "--help"]]
+
+
+PRESENT = [n for n, (_, module) in cli._ELSEWHERE.items() if importlib.util.find_spec(module)]
+
+
+@pytest.mark.parametrize("command", PRESENT)
+def test_data_commands_explain_themselves_without_torch(command):
+    out = _cli(command, "--help")
+    assert out.returncode == 0, out.stderr
+    assert f"titans-pretrain {command}" in out.stdout
+    assert "torch" not in out.stdout.splitlines()[-1]
+
+
+def test_the_console_script_is_installed():
+    script = Path(sys.executable).with_name("titans-pretrain")
+    out = subprocess.run([script, "--help"], capture_output=True, text=True, timeout=60)
+    assert out.returncode == 0
+    assert "usage: titans-pretrain" in out.stdout

@@ -1,0 +1,156 @@
+"""The one command, `titans-pretrain`. Imports neither torch nor an engine before a subcommand runs.
+
+Exit codes: see errors.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from titans_pretrain.errors import ConfigError, TitansError
+
+# Commands whose module brings its own arguments: `register(subparsers)` sets `args.run`. Imported
+# only when called: their libraries take seconds.
+_ELSEWHERE = {
+    "prepare": ("text to token shards", "titans_pretrain.data.prepare_command"),
+    "tokenizer": ("train, inspect or import a tokenizer", "titans_pretrain.data.tokenizer_command"),
+}
+_BENCHMARKS = {
+    "memory": "titans_pretrain.memory.benchmark",
+    "data": "titans_pretrain.data.benchmark",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parse(argv)
+        return args.run(args)
+    except TitansError as e:
+        print(f"titans-pretrain: {e}", file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        print("titans-pretrain: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="titans-pretrain", description="Pretraining of Titans language models."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (about, module) in _ELSEWHERE.items():
+        if argv[:1] == [name]:
+            importlib.import_module(module).register(commands)
+        else:
+            commands.add_parser(name, help=about)
+    _add_train(commands)
+    inspect = commands.add_parser("inspect", help="say what a checkpoint, shard or manifest holds")
+    inspect.add_argument("path", type=Path, help="a run's checkpoint, a shard (.tar) or a manifest")
+    inspect.set_defaults(run=_inspect)
+    bench = commands.add_parser("bench", help="measure the memory or the data stream")
+    bench.add_argument("what", choices=sorted(_BENCHMARKS))
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on; try --help")
+    bench.set_defaults(run=_bench)
+    plot = commands.add_parser("plot", help="draw a run's loss curve")
+    plot.add_argument("folder", metavar="RUN", type=Path, help="the run folder")
+    plot.add_argument("--out", type=Path, help="PNG to write; default: RUN/loss.png")
+    plot.set_defaults(run=_plot)
+
+    args, rest = parser.parse_known_args(argv)
+    # Overrides may stand on either side of an option; argparse takes only the first group.
+    if args.command == "train":
+        args.overrides += [a for a in rest if "=" in a and not a.startswith("-")]
+        rest = [a for a in rest if "=" not in a or a.startswith("-")]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train, or continue, the run of a config",
+        allow_abbrev=False,
+        description="Trains the run that CONFIG describes. A run folder that holds a checkpoint "
+        "is continued. Exit codes: 0 done, 2 configuration, 3 data, 4 diverged, 75 saved on "
+        "request, 76 node fault, 77 hang.",
+    )
+    train.add_argument("config", metavar="CONFIG", help="YAML file")
+    train.add_argument("overrides", nargs="*", metavar="a.b=c", help="e.g. optim.lr=3e-4")
+    train.add_argument(
+        "--ranks", type=_positive, metavar="N", help="processes to start on this machine"
+    )
+    train.add_argument(
+        "--stop-after",
+        type=_positive,
+        metavar="N",
+        help="save after N steps of this start; exit 75",
+    )
+    train.add_argument(
+        "--init-from", metavar="CHECKPOINT", help="weights to start a new run from (step 0)"
+    )
+    train.set_defaults(run=_train)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
+    return number
+
+
+def _train(args: argparse.Namespace) -> int:
+    from titans_pretrain.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    if args.ranks is not None:
+        if "RANK" in os.environ:
+            raise ConfigError(
+                f"--ranks {args.ranks} with RANK={os.environ['RANK']} in the environment",
+                "either this command starts the ranks or another launcher does",
+                "drop --ranks, or unset RANK",
+            )
+        from titans_pretrain.launch.local import launch
+
+        command = [sys.executable, "-m", "titans_pretrain", "train", args.config, *args.overrides]
+        if args.stop_after is not None:
+            command += ["--stop-after", str(args.stop_after)]
+        if args.init_from is not None:
+            command += ["--init-from", args.init_from]
+        return launch(command, args.ranks, logs=Path(config.folder) / "logs")
+    # Before torch is imported: a request to stop may come meanwhile.
+    from titans_pretrain.run import signals
+
+    signals.install()
+    from titans_pretrain.train import run_training
+
+    return run_training(config, stop_after=args.stop_after, init_from=args.init_from)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from titans_pretrain.inspect_command import inspect
+
+    print(inspect(args.path))
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    return importlib.import_module(_BENCHMARKS[args.what]).main(args.arguments) or 0
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from titans_pretrain.run.plot import plot_run
+
+    print(plot_run(args.folder, args.out or args.folder / "loss.png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""Starts the ranks of a run on this machine and watches them; knows nothing of torch.
+
+Each rank finds RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its
+environment, as under torchrun. Each rank leads a process group of its own: Ctrl-C reaches it once,
+through the launcher. The ranks die with the launcher, even if it is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED
+from titans_pretrain.run.files import storage_error
+
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_POLL = 0.02  # seconds
+_TAIL = 30  # lines of a failed rank that the console shows
+_PR_SET_PDEATHSIG = 1
+
+
+def launch(command: Sequence[str], ranks: int, *, logs: Path, grace: float = 5.0) -> int:
+    """Runs `command` as ranks 0..ranks-1 and returns the run's exit code.
+
+    Rank 0 writes to this console, the others to `logs`/rank-NNNNN.out. If a rank fails, the others
+    get SIGTERM and, `grace` seconds later, SIGKILL; the exit code is that of the first rank that
+    failed, 128 + n if signal n ended it. A rank that leaves with 75 (saved on request) has not
+    failed: the others are awaited, and 75 is returned. SIGTERM, SIGINT and SIGUSR1 are forwarded;
+    the third Ctrl-C kills. Raises ConfigError or NodeError if `logs` cannot be written.
+    """
+    processes: list[subprocess.Popen[bytes]] = []
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(_output(logs, rank)) for rank in range(1, ranks)]
+        stack.callback(_end, processes, 0.0)  # whatever happens, no rank stays behind
+        stack.enter_context(_forwarding(processes))
+        port = str(_free_port())
+        for rank in range(ranks):
+            stream = outputs[rank - 1] if rank else None
+            processes.append(
+                subprocess.Popen(
+                    command,
+                    env={**os.environ, **_environment(rank, ranks, port)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=stream,
+                    stderr=stream,
+                    process_group=0,
+                    preexec_fn=_dies_with(os.getpid()),
+                )
+            )
+        failed = _first_failure(processes)
+        if failed is None:
+            saved = any(p.returncode == EXIT_SAVED for p in processes)
+            return EXIT_SAVED if saved else EXIT_DONE
+        _end(processes, grace)
+        code = processes[failed].returncode
+        _tell(failed, code, outputs[failed - 1] if failed else None)
+        return code if code > 0 else 128 - code
+
+
+def _environment(rank: int, ranks: int, port: str) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "PYTHONUNBUFFERED": "1",  # a killed rank's last words
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _output(logs: Path, rank: int) -> IO[bytes]:
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        return (logs / f"rank-{rank:05d}.out").open("a+b")
+    except OSError as e:
+        raise storage_error(e, f"opening the output of rank {rank} in {logs}", starting=True) from e
+
+
+def _dies_with(parent: int) -> Callable[[], None]:
+    """What a new process runs first: the kernel kills it when its launcher is gone."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def prepare() -> None:
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # gone before the call
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return prepare
+
+
+@contextlib.contextmanager
+def _forwarding(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    interrupts = 0
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        for process in processes:
+            _send(process, signal.SIGKILL if interrupts > 2 else number)
+
+    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _send(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(number)  # does nothing once the process has been reaped
+
+
+def _first_failure(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Waits until all ranks are done (None) or one has failed: its number."""
+    while True:
+        codes = [p.poll() for p in processes]
+        bad = [r for r, c in enumerate(codes) if c not in (None, EXIT_DONE, EXIT_SAVED)]
+        if bad:
+            # Seen in one look: a killed rank is the cause, the rest the consequence.
+            return min(bad, key=lambda r: ((codes[r] or 0) > 0, r))
+        if None not in codes:
+            return None
+        time.sleep(_POLL)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
+    """Ends and reaps what still runs: SIGTERM, then SIGKILL after `grace` seconds."""
+    left = [p for p in processes if p.poll() is None]
+    if grace > 0:
+        for process in left:
+            _send(process, signal.SIGTERM)
+        deadline = time.monotonic() + grace
+        while any(p.poll() is None for p in left) and time.monotonic() < deadline:
+            time.sleep(_POLL)
+    for process in left:
+        _send(process, signal.SIGKILL)
+        process.wait()
+
+
+def _tell(rank: int, code: int, output: IO[bytes] | None) -> None:
+    how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+    print(f"rank {rank} failed first ({how}); the other ranks were ended", file=sys.stderr)
+    if output is not None:
+        output.seek(max(0, output.seek(0, os.SEEK_END) - (1 << 16)))
+        lines = output.read().decode(errors="replace").splitlines()[-_TAIL:]
+        print(f"its last lines ({output.name}):", *lines, sep="\n  ", file=sys.stderr)
