@@ -45,7 +45,7 @@ def oracle_memory(
     (position -1) nothing changes and y = 0. Arguments and results as in `chunked_memory`.
     """
     check_inputs(q, k, v, (theta, alpha, eta), w_init, norm, spec, positions, state)
-    n, h, t, _ = q.shape
+    n, _, t, _ = q.shape
     if positions is None:
         positions = torch.arange(t, device=q.device).expand(n, t)
     anchored = state is None or state.anchor is not None

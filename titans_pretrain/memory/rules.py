@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,26 +27,24 @@ class MemorySpec:
     read: Literal["inclusive", "exclusive"] = "inclusive"
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("depth", self.depth),
-            ("expansion", self.expansion),
-            ("chunk", self.chunk),
+        for name in ("depth", "expansion", "chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}; it counts from 1; use {name}=1 or more"
+                )
+        for name, known in (
+            ("activation", ("gelu", "silu")),
+            ("decay_to", ("init", "zero")),
+            ("read", ("inclusive", "exclusive")),
         ):
-            if value < 1:
-                raise ValueError(f"{name}={value}; it counts from 1; use {name}=1 or more")
-        for name, value, known in (
-            ("activation", self.activation, ("gelu", "silu")),
-            ("decay_to", self.decay_to, ("init", "zero")),
-            ("read", self.read, ("inclusive", "exclusive")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r}; it is one of {known}; choose one of them")
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {known}")
 
     def shapes(self, width: int) -> tuple[tuple[int, int], ...]:
         """(rows, columns) of each layer's weight for heads of `width` features."""
         hidden = self.expansion * width
         sizes = [width] + [hidden] * (self.depth - 1) + [width]
-        return tuple(zip(sizes[:-1], sizes[1:]))
+        return tuple(itertools.pairwise(sizes))
 
 
 @dataclass(frozen=True)
