@@ -33,6 +33,9 @@ class TitansError(Exception):
         self.value, self.rule, self.remedy = value, rule, remedy
         super().__init__(f"{value}\n  rule:   {rule}\n  remedy: {remedy}")
 
+    def __reduce__(self) -> tuple[type[TitansError], tuple[str, str, str]]:
+        return type(self), (self.value, self.rule, self.remedy)  # ranks tell each other
+
 
 class ConfigError(TitansError):
     """The configuration, the command line, or what they ask of this machine."""

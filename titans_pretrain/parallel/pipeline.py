@@ -5,18 +5,17 @@ One schedule for every size: at one pipeline stage it is `forward_backward_no_pi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from titans_pretrain.data.stream import Batch
-from titans_pretrain.model.loss import token_loss
+from titans_pretrain.data.batch import Batch
 from titans_pretrain.parallel import compat
 
 
@@ -32,11 +31,22 @@ class StepLoss:
 class Stage(nn.Module):
     """One pipeline stage as Megatron's schedules see it: a config, an input, a forward."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        token_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__()
-        self.model = model
-        self.config = ModelParallelConfig(
-            params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16
+        self.model, self.token_loss = model, token_loss
+        # The schedules read their own switches from a TransformerConfig; its sizes say nothing here.
+        self.config = TransformerConfig(
+            num_layers=1,
+            hidden_size=1,
+            num_attention_heads=1,
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            bf16=dtype == torch.bfloat16,
         )
         self.model_type = ModelType.encoder_or_decoder
         self.input: torch.Tensor | None = None
@@ -44,10 +54,10 @@ class Stage(nn.Module):
     def set_input_tensor(self, tensor: Any) -> None:
         self.input = tensor[0] if isinstance(tensor, list) else tensor
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch, device: torch.device) -> torch.Tensor:
         """[B, T] cross entropy of each label, fp32."""
-        logits, _ = self.model(batch.tokens, batch.positions)
-        return token_loss(logits, batch.labels)
+        logits, _ = self.model(batch.tokens.to(device), batch.positions.to(device), carry=False)
+        return self.token_loss(logits, batch.labels.to(device))
 
 
 class Schedule:
@@ -71,12 +81,13 @@ class Schedule:
         losses: list[tuple[torch.Tensor, Batch]] = []
 
         def forward_step(batches: Iterator[Batch], stage: nn.Module) -> tuple[torch.Tensor, Any]:
-            batch = next(batches).to(self.device)
-            nats = stage(batch)
+            batch = next(batches)
+            nats = stage(batch, self.device)
+            mask = batch.loss_mask.to(self.device)
 
             def loss(nats: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
                 # Select, never multiply: a pad's loss may be anything, even not finite.
-                counted = torch.where(batch.loss_mask, nats, torch.zeros_like(nats))
+                counted = torch.where(mask, nats, torch.zeros_like(nats))
                 losses.append((counted.detach(), batch))
                 return counted.sum() * scale, {}
 

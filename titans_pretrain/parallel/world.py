@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from titans_pretrain.config import TrainConfig
-from titans_pretrain.errors import ConfigError
+from titans_pretrain.errors import ConfigError, TitansError
 from titans_pretrain.parallel import compat
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,24 @@ class World:
         box = [item]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def agree(self, act: Callable[[], T]) -> T:
+        """Runs `act` on every rank; if it fails on any, every rank raises the first one's error."""
+        failure: TitansError | None = None
+        result: Any = None
+        try:
+            result = act()
+        except TitansError as e:
+            failure = e
+        for told in self.gather_objects(failure):
+            if told is not None:
+                raise failure or told
+        return result
+
+    def only_first(self, act: Callable[[], T]) -> T:
+        """Runs `act` on rank 0; its result, or its error, on every rank."""
+        result = self.agree(act if self.rank == 0 else lambda: None)
+        return self.broadcast_object(result)
 
     def barrier(self) -> None:
         dist.barrier()

@@ -6,6 +6,8 @@ it, with fp32 master weights and AdamW moments. This file is the only one that k
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -100,20 +102,23 @@ class ZeroOptimizer:
             config["bf16"] = {"enabled": True, "immediate_grad_update": True}
             config["data_types"] = {"grad_accum_dtype": "fp32"}
         self.adamw = torch.optim.AdamW(groups, lr=groups[0]["lr"], betas=betas, eps=eps)
-        self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=self.adamw,
-            config=config,
-            mpu=MegatronUnit(),
-            dist_init_required=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
+            self.engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=self.adamw,
+                config=config,
+                mpu=MegatronUnit(),
+                dist_init_required=False,
+            )
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._parameters = dict(model.named_parameters())
         self._bf16 = bf16
         # AdamW makes its moments at the first step, DeepSpeed links them after it. Made now, they
         # can be loaded into before, and each state has one lifetime.
-        for group in self.adamw.param_groups:
-            (flat,) = group["params"]
+        self._flats = [
+            flat for g in self.adamw.param_groups for flat in g["params"]
+        ]  # fp32 masters
+        for flat in self._flats:
             self.adamw.state[flat] = {"step": torch.tensor(0.0)} | {
                 moment: torch.zeros_like(flat) for moment in MOMENTS
             }
@@ -167,12 +172,11 @@ class ZeroOptimizer:
 
     def _owned(self) -> Iterator[tuple[Fragment, torch.Tensor, int]]:
         """(fragment, its flat fp32 partition, offset therein) of each parameter owned in part."""
-        flats = [g["params"][0] for g in self.adamw.param_groups]
         for name, parameter in self._parameters.items():
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is None:
                 continue
-            flat = flats[mapping.param_group_index]
+            flat = self._flats[mapping.param_group_index]
             here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
             state = self.adamw.state[flat]
             tensors = {"weight": flat.detach().narrow(0, here.start, here.numel)}
@@ -183,6 +187,6 @@ class ZeroOptimizer:
 
     def weights_loaded(self, step: int) -> None:
         """After loading into `fragments()`: sets AdamW's step and gathers the model's weights."""
-        for group in self.adamw.param_groups:
-            self.adamw.state[group["params"][0]]["step"].fill_(step)
+        for flat in self._flats:
+            self.adamw.state[flat]["step"].fill_(step)
         self.engine.optimizer.update_lp_params()

@@ -1,0 +1,182 @@
+"""The step through Megatron's schedule and DeepSpeed ZeRO-1 against one plain process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.parallel.tiny import PlainRun, micro_batches, tiny_config
+from tests.worlds import run_world
+from titans_pretrain.config import RunConfig
+from titans_pretrain.errors import DivergedError
+from titans_pretrain.parallel.layout import Fragment, plan_layout
+from titans_pretrain.parallel.world import World, start_world
+from titans_pretrain.step import TrainStep
+
+
+def start(config: RunConfig) -> tuple[World, TrainStep]:
+    world = start_world(config.train)
+    return world, TrainStep(config, plan_layout(config, world.size), world)
+
+
+def pieces(fragments: list[Fragment], key: str) -> dict[str, tuple[int, torch.Tensor]]:
+    return {f.name: (f.start, f.tensors[key].clone()) for f in fragments}
+
+
+def assemble(
+    parts: list[dict[str, tuple[int, torch.Tensor]]], like: dict[str, torch.Tensor]
+) -> Any:
+    """Whole tensors from all ranks' pieces; every element must be covered exactly once."""
+    whole = {}
+    for name, reference in like.items():
+        flat = torch.zeros(reference.numel())
+        covered = torch.zeros(reference.numel(), dtype=torch.int)
+        for part in parts:
+            if name in part:
+                at, piece = part[name]
+                flat[at : at + piece.numel()] = piece
+                covered[at : at + piece.numel()] += 1
+        assert (covered == 1).all(), name
+        whole[name] = flat.view(reference.shape)
+    return whole
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
+
+
+def run_steps(config: RunConfig, reference: dict[int, Any], steps: list[int]) -> Any:
+    """Runs `steps`; before a step that `reference` knows, takes its weights and moments."""
+    world, step = start(config)
+    gradients: dict[str, tuple[int, torch.Tensor]] = {}
+
+    def see(owned: dict[str, Fragment]) -> None:
+        gradients.update(pieces(list(owned.values()), "gradient"))
+
+    step.optimizer.on_reduced_gradients(see)
+    out = {}
+    for s in steps:
+        if s in reference:
+            weights, moments = reference[s]
+            for f in step.optimizer.fragments():
+                cut = slice(f.start, f.start + f.numel)
+                f.tensors["weight"].copy_(weights[f.name].view(-1)[cut])
+                for k in ("exp_avg", "exp_avg_sq"):
+                    f.tensors[k].copy_(moments[f.name][k].view(-1)[cut])
+            step.optimizer.weights_loaded(s - 1)
+        gradients.clear()
+        report = step(micro_batches(config, s, world.rank, world.size), s)
+        clip = max(1.0, (report.grad_norm + 1e-6) / config.optim.clip)
+        unclipped = {n: (at, g * clip) for n, (at, g) in gradients.items()}
+        out[s] = (report.loss, report.grad_norm, unclipped)
+    weights = pieces(step.optimizer.fragments(), "weight")
+    model = {n: p.detach().clone() for n, p in step.model.named_parameters()}
+    world.shut_down()
+    return out, weights, model, step.schedule.calls, step.optimizer.engine.global_steps
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("variant", ["transformer", "lmm", "mac"])
+def test_every_gradient_and_update_equals_one_plain_process(ranks: int, variant: str) -> None:
+    config = tiny_config(model__variant=variant)
+    plain = PlainRun(config)
+    begin = plain.weights()
+    reference: dict[int, Any] = {}
+    expected = {}
+    for s in range(1, 21):
+        if s in (5, 10, 20):
+            reference[s] = (plain.weights(), plain.moments())
+        expected[s] = plain.step(s)
+    end = plain.weights()
+
+    results = run_world(run_steps, ranks, config, reference, [1, 5, 10, 20])
+    for s in (1, 5, 10, 20):
+        loss, norm, gradients = expected[s]
+        assert results[0][0][s][0] == pytest.approx(loss, rel=1e-5)
+        assert results[0][0][s][1] == pytest.approx(norm, rel=1e-5)
+        got = assemble([r[0][s][2] for r in results], gradients)
+        worst = {n: relative(got[n], g) for n, g in gradients.items()}
+        assert max(worst.values()) < 1e-5, sorted(worst.items(), key=lambda x: -x[1])[:3]
+
+    results = run_world(run_steps, ranks, config, {}, list(range(1, 21)))
+    for s in range(1, 21):
+        assert results[0][0][s][0] == pytest.approx(expected[s][0], rel=1e-5)
+        assert results[0][0][s][1] == pytest.approx(expected[s][1], rel=1e-5)
+    got = assemble([r[1] for r in results], end)
+    for name, weight in end.items():
+        moved = (weight - begin[name]).norm()
+        assert (got[name] - weight).norm() <= 1e-3 * moved, name
+        for result in results:  # the model that the next forward uses is the assembled one
+            assert torch.equal(result[2][name], got[name]), name
+    for result in results:  # every step went once through the schedule and once through ZeRO
+        assert result[3] == 20 and result[4] == 20
+
+
+def poisoned(config: RunConfig, where: str) -> Any:
+    world, step = start(config)
+    step(micro_batches(config, 1, world.rank, world.size), 1)
+    before = [{k: v.clone() for k, v in f.tensors.items()} for f in step.optimizer.fragments()]
+    model = [p.detach().clone() for p in step.model.parameters()]
+    batches = micro_batches(config, 2, world.rank, world.size)
+    if where == "loss" and world.rank == world.size - 1:
+        handle = step.model.final_norm.register_forward_hook(lambda m, a, out: out * float("nan"))
+    elif where == "gradient" and world.rank == world.size - 1:
+        weight = step.model.blocks["1"].mlp.down.weight
+        handle = weight.register_hook(lambda g: g * float("inf"))
+    message = ""
+    try:
+        step(batches, 2)
+    except DivergedError as e:
+        message = str(e)
+    if world.rank == world.size - 1:
+        handle.remove()
+    after = step.optimizer.fragments()
+    same = all(
+        torch.equal(f.tensors[k], v) for f, old in zip(after, before) for k, v in old.items()
+    ) and all(torch.equal(p, q) for p, q in zip(step.model.parameters(), model))
+    adam = [
+        float(step.optimizer.adamw.state[g["params"][0]]["step"])
+        for g in step.optimizer.adamw.param_groups
+    ]
+    samples = [s for b in batches for s in b.samples.tolist()]
+    world.shut_down()
+    return message, same, adam, samples
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_poisoned_step_changes_nothing_and_names_the_culprit(where: str, precision: str) -> None:
+    results = run_world(poisoned, 2, tiny_config(train__precision=precision), where)
+    for message, same, adam, _ in results:
+        assert same, "a weight or moment changed"
+        assert set(adam) == {1.0}
+        assert message.startswith("step 2: loss")
+        assert "rank 1" in message and "rank 0" not in message
+        assert ", ".join(str(s) for s in results[1][3]) in message
+        if where == "gradient":
+            assert "blocks.1.mlp.down.weight" in message
+    assert results[0][0] == results[1][0]
+
+
+def losses(config: RunConfig) -> list[tuple[float, float]]:
+    world, step = start(config)
+    reports = [step(micro_batches(config, s, world.rank, world.size), s) for s in range(1, 5)]
+    world.shut_down()
+    return [(r.loss, r.grad_norm) for r in reports]
+
+
+def test_bf16_keeps_fp32_masters_and_stays_near_fp32() -> None:
+    (exact,) = run_world(losses, 1, tiny_config())
+    for ranks in (1, 2):
+        near = run_world(losses, ranks, tiny_config(train__precision="bf16"))[0]
+        for (a, na), (b, nb) in zip(near, exact, strict=True):
+            assert a == pytest.approx(b, rel=1e-2) and a != b
+            assert na == pytest.approx(nb, rel=5e-2)
+
+
+def test_recompute_changes_nothing() -> None:
+    (plain,) = run_world(losses, 1, tiny_config())
+    (again,) = run_world(losses, 1, tiny_config(train__recompute="blocks"))
+    assert plain == again

@@ -1,0 +1,295 @@
+"""Checkpoint folders: written aside, fsynced, checksummed, renamed; found, verified, pruned.
+
+    checkpoints/step-00000037/
+        .metadata  __0_0.distcp ...   tensors, torch.distributed.checkpoint
+        state.json                    everything else
+        checksums.json                sha256 of each file above; written last
+
+A folder without a valid checksums.json is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from titans_pretrain.errors import ConfigError, DataError, NodeError, TitansError
+from titans_pretrain.parallel.layout import Fragment
+from titans_pretrain.run import dcp
+
+if TYPE_CHECKING:
+    from titans_pretrain.config import CheckpointConfig
+    from titans_pretrain.parallel.world import World
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Found:
+    """A verified checkpoint."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:08d}"
+
+
+def list_steps(checkpoints: Path) -> list[int]:
+    """Steps of the finished checkpoints, ascending; verified or not."""
+    names = [p.name for p in checkpoints.glob("step-*") if p.name[5:].isdigit()]
+    return sorted(int(n[5:]) for n in names)
+
+
+def save(
+    checkpoints: Path,
+    state: dict[str, Any],
+    fragments: Sequence[Fragment],
+    tensors: dict[str, torch.Tensor],
+    world: World,
+    still_mine: Callable[[], None],
+) -> Path:
+    """Collective. Saves a checkpoint of `state["step"]`; earlier ones stay until it is complete.
+
+    Args:
+        state: JSON values, equal on all ranks; "step" and "life" among them.
+        fragments: what this rank owns of weights and moments.
+        tensors: replicated tensors, e.g. the random-number state.
+        still_mine: raises if a newer life has taken the run folder.
+    Raises:
+        NodeError on every rank, if any rank could not write.
+    """
+    final = folder_of(checkpoints, state["step"])
+    aside = checkpoints / f".writing-{final.name}-life-{state['life']}"
+
+    def prepare() -> None:
+        still_mine()
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+
+    def write_tensors() -> dict[str, str]:
+        try:
+            dcp.save_tensors(aside, fragments, tensors)
+        except CheckpointException as e:
+            raise OSError(_first_cause(e)) from e
+        return {p.name: _sha256(p) for p in aside.glob(f"__{world.rank}_*")}
+
+    def publish() -> None:
+        checksums = {name: digest for part in digests for name, digest in part.items()}
+        checksums[dcp.METADATA_FILE] = _sha256(aside / dcp.METADATA_FILE)
+        text = json.dumps({"format": FORMAT, **state}, indent=1)
+        checksums["state.json"] = hashlib.sha256(text.encode()).hexdigest()
+        _write(aside / "state.json", text)
+        _write(aside / "checksums.json", json.dumps(checksums, indent=1))
+        _sync_folder(aside)
+        still_mine()
+        if final.exists():  # a damaged one of the same step: kept, out of the way
+            final.rename(checkpoints / f"damaged-{final.name}-life-{state['life']}")
+        aside.rename(final)
+        _sync_folder(checkpoints)
+
+    try:
+        world.only_first(_told(prepare, world))
+        digests = world.gather_objects(world.agree(_told(write_tensors, world)))
+        world.only_first(_told(publish, world))
+    except TitansError:
+        if world.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return final
+
+
+def _told(act: Callable[[], Any], world: World) -> Callable[[], Any]:
+    """`act`, with a disk's refusal told as a NodeError."""
+
+    def run() -> Any:
+        try:
+            return act()
+        except OSError as e:
+            raise NodeError(
+                f"checkpoint not written: rank {world.rank}: {e}",
+                "every rank writes its part of a checkpoint, else none counts",
+                "free disk space or mend the folder, then start again: earlier checkpoints are "
+                "untouched",
+            ) from e
+
+    return run
+
+
+def _first_cause(e: CheckpointException) -> str:
+    return "; ".join(f"rank {rank}: {cause[0]!r}" for rank, cause in e.failures.items())
+
+
+def verify(folder: Path, world: World | None = None) -> dict[str, Any]:
+    """Checks every file against checksums.json (shared out over the ranks); returns state.json.
+
+    Raises DataError naming the damaged file, on every rank.
+    """
+    problem = ""
+    try:
+        checksums = json.loads((folder / "checksums.json").read_text())
+        rank, size = (world.rank, world.size) if world else (0, 1)
+        for name in sorted(checksums)[rank::size]:
+            if _sha256(folder / name) != checksums[name]:
+                problem = f"{folder / name}: its sha256 is not that of checksums.json"
+    except (OSError, ValueError) as e:
+        problem = f"{folder}: {e}"
+    problems = [p for p in (world.gather_objects(problem) if world else [problem]) if p]
+    if problems:
+        raise DataError(
+            "damaged checkpoint " + "; ".join(problems),
+            "every file of a checkpoint is as it was written",
+            "use an earlier checkpoint",
+        )
+    state = json.loads((folder / "state.json").read_text())
+    if state.get("format") != FORMAT:
+        raise DataError(
+            f"checkpoint {folder}: format {state.get('format')}",
+            f"this version reads format {FORMAT}",
+            "use the version of titans_pretrain that wrote it",
+        )
+    return state
+
+
+def find_latest(checkpoints: Path, world: World, warn: Callable[[str], None]) -> Found | None:
+    """Collective. The newest undamaged checkpoint; each damaged one on the way is told to `warn`.
+
+    Raises DataError if there are checkpoints and all are damaged.
+    """
+    steps = world.broadcast_object(list_steps(checkpoints) if world.rank == 0 else None)
+    for step in reversed(steps):
+        folder = folder_of(checkpoints, step)
+        try:
+            return Found(folder, verify(folder, world))
+        except DataError as e:
+            warn(f"{e.value}; going back to the checkpoint before it")
+    if steps:
+        raise DataError(
+            f"{checkpoints}: all {len(steps)} checkpoints are damaged",
+            "a run resumes from an undamaged checkpoint",
+            "remove the folder to start afresh, or restore it from a copy",
+        )
+    return None
+
+
+def load(
+    found: Found,
+    model: dict[str, Any],
+    fragments: Sequence[Fragment],
+    tensors: dict[str, torch.Tensor],
+) -> None:
+    """Collective. Reads weights, moments and `tensors` into their own memory.
+
+    Raises ConfigError if the checkpoint is of another model.
+    """
+    _same_model(found, model)
+    dcp.load_tensors(found.folder, fragments, tensors)
+
+
+def load_weights(found: Found, model: dict[str, Any], fragments: Sequence[Fragment]) -> None:
+    """Collective. Reads weights alone (`train --init-from`)."""
+    _same_model(found, model)
+    dcp.load_tensors(found.folder, fragments, {}, kinds=("weight",))
+
+
+def _same_model(found: Found, model: dict[str, Any]) -> None:
+    saved = _flatten(found.state["config"]["model"])
+    ours = _flatten(model)
+    different = [
+        f"model.{k}: {saved.get(k)!r} in the checkpoint, {ours.get(k)!r} here"
+        for k in sorted(saved.keys() | ours.keys())
+        if saved.get(k) != ours.get(k)
+    ]
+    if different:
+        raise ConfigError(
+            f"checkpoint {found.folder} is of another model: " + "; ".join(different),
+            "weights fit the model that they were trained in",
+            "set these keys as in the checkpoint, or give this run another folder",
+        )
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= (
+            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
+
+
+def prune(checkpoints: Path, keep: CheckpointConfig) -> list[int]:
+    """Removes what `keep` does not name; returns the steps removed. Rank 0 alone calls it."""
+    steps = list_steps(checkpoints)
+    stay = set(steps[-keep.keep_last :])
+    if keep.keep_every:
+        stay |= {s for s in steps if s % keep.keep_every == 0}
+    if keep.keep_best:
+        losses = {s: _validation_loss(folder_of(checkpoints, s)) for s in steps}
+        known = {s: loss for s, loss in losses.items() if loss is not None}
+        if known:
+            stay.add(min(known, key=lambda s: (known[s], s)))
+    gone = [s for s in steps if s not in stay]
+    for step in gone:
+        # Renamed first: a removal cut short leaves nothing that looks like a checkpoint.
+        trash = checkpoints / f".removing-step-{step:08d}"
+        folder_of(checkpoints, step).rename(trash)
+        shutil.rmtree(trash)
+    return gone
+
+
+def _validation_loss(folder: Path) -> float | None:
+    try:
+        return json.loads((folder / "state.json").read_text()).get("validation_loss")
+    except (OSError, ValueError):
+        return None
+
+
+def clean(checkpoints: Path) -> None:
+    """Removes what an earlier life left half-written or half-removed. Rank 0, holding the lock."""
+    for pattern in (".writing-*", ".removing-*"):
+        for path in checkpoints.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def content_sha256(folder: Path) -> str:
+    """sha256 of the training state: weights, moments, random numbers, step, data position.
+
+    Equal exactly when the state is; independent of ranks, files, times and the life number.
+    """
+    state = json.loads((folder / "state.json").read_text())
+    position = json.dumps({k: state[k] for k in ("step", "data")}, sort_keys=True)
+    return hashlib.sha256((dcp.hash_tensors(folder) + position).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,163 @@
+"""One optimizer step: count labels, forward and backward, check finite, reduce, clip, update."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from titans_pretrain.config import ModelConfig, RunConfig
+from titans_pretrain.data.batch import Batch
+from titans_pretrain.errors import DivergedError
+from titans_pretrain.model.loss import token_loss
+from titans_pretrain.model.titans import TitansLM, initialise, kind
+from titans_pretrain.parallel.layout import Layout
+from titans_pretrain.parallel.pipeline import Schedule, Stage
+from titans_pretrain.parallel.world import World
+from titans_pretrain.parallel.zero import ZeroOptimizer
+from titans_pretrain.run.optim import learning_rate, param_groups
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did, over all ranks."""
+
+    loss: float  # nats a label
+    tokens: int  # labels counted
+    grad_norm: float  # before clipping
+    lr: float
+    by_source: dict[int, float]  # source index -> nats a label, this rank's samples summed over all
+    stop: bool  # some rank was asked to stop
+    seconds: dict[str, float]  # this rank's wall time by phase
+
+
+def build_model(
+    model: ModelConfig, *, seed: int, dtype: torch.dtype, device: torch.device, recompute: bool
+) -> TitansLM:
+    """Built without memory, placed, then each parameter drawn whole by its name."""
+    with torch.device("meta"):
+        built = TitansLM(model, dtype=dtype)
+    built = built.to_empty(device=device)
+    initialise(built, seed)
+    built.recompute = recompute
+    return built
+
+
+class TrainStep:
+    """The step of a run on this rank: the model, the schedule and the optimizer it goes through."""
+
+    def __init__(self, config: RunConfig, layout: Layout, world: World) -> None:
+        self.config, self.layout, self.world = config, layout, world
+        dtype = DTYPES[config.train.precision]
+        self.model = build_model(
+            config.model,
+            seed=config.train.seed,
+            dtype=dtype,
+            device=world.device,
+            recompute=config.train.recompute == "blocks",
+        )
+        self.stage = Stage(self.model, token_loss, dtype)
+        self.schedule = Schedule(self.stage, layout.data_parallel, world.device)
+        o = config.optim
+        self.groups = param_groups(self.model.named_parameters(), kind, o)
+        self.scales = [g["lr_scale"] for g in self.groups]
+        self.optimizer = ZeroOptimizer(
+            self.model,
+            self.groups,
+            betas=(o.beta1, o.beta2),
+            eps=o.eps,
+            clip=o.clip,
+            micro_batch=config.train.micro_batch,
+        )
+
+    def __call__(
+        self, micro_batches: Sequence[Batch], step: int, stop_asked: bool = False
+    ) -> StepReport:
+        """Update number `step` (from 1). Collective.
+
+        Raises DivergedError on every rank, before any weight or moment has changed, if a loss or
+        a gradient is not finite.
+        """
+        began = time.perf_counter()
+        sources = len(self.config.data.sources)
+        counts = [0.0] * sources
+        for batch in micro_batches:
+            labels = batch.loss_mask.sum(1).tolist()
+            for source, n in zip(batch.source.tolist(), labels, strict=True):
+                counts[source] += n
+        counts = self.world.sum(counts)
+        tokens = int(sum(counts))
+        sums = self.schedule.run(micro_batches, tokens_in_step=tokens)
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        forward_backward = time.perf_counter() - began
+
+        # One small reduction tells every rank the loss, whether all is finite, and who must stop.
+        finite = self._gradients_finite()
+        nats = [sums.by_source.get(i, (0.0, 0))[0] for i in range(sources)]
+        *nats, bad, stops = self.world.sum([*nats, float(not finite), float(stop_asked)])
+        loss = sum(nats) / max(1, tokens)
+        if bad or not _finite(loss):
+            raise self._diverged(step, loss, micro_batches)
+        began = time.perf_counter()
+        o = self.config.optim
+        lr = learning_rate(step, o, self.config.train.steps)
+        norm = self.optimizer.step([lr * s for s in self.scales])
+        if not _finite(norm):  # each part was finite, their sum was not: DeepSpeed changed nothing
+            raise self._diverged(step, loss, micro_batches)
+        by_source = {i: n / c for i, (n, c) in enumerate(zip(nats, counts)) if c}
+        seconds = {
+            "forward_backward": forward_backward,
+            "optimizer": time.perf_counter() - began,
+        }
+        return StepReport(loss, tokens, norm, lr, by_source, stops > 0, seconds)
+
+    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """(nats a label, labels) over all ranks' batches; every rank passes equally many."""
+        self.model.eval()
+        nats = labels = 0.0
+        for batch in batches:
+            sums = self.schedule.run([batch], tokens_in_step=1, train=False)
+            nats, labels = nats + sums.loss, labels + sums.tokens
+        self.model.train()
+        nats, labels = self.world.sum([nats, labels])
+        return nats / max(1.0, labels), int(labels)
+
+    def _gradients_finite(self) -> bool:
+        """One pass over this rank's gradients, before they are mixed with other ranks'."""
+        gradients = [g for _, g in self.optimizer.local_gradients()]
+        norms = torch.stack([n.float() for n in torch._foreach_norm(gradients)])
+        return bool(torch.isfinite(norms).all())
+
+    def _diverged(self, step: int, loss: float, batches: Sequence[Batch]) -> DivergedError:
+        bad = [name for name, g in self.optimizer.local_gradients() if not torch.isfinite(g).all()]
+        mine = {
+            "rank": self.world.rank,
+            "tensors": bad,
+            "samples": [s for b in batches for s in b.samples.tolist()],
+        }
+        guilty = [r for r in self.world.gather_objects(mine) if r["tensors"]] or [mine]
+        parts = [
+            f"rank {r['rank']}: gradients of {_some(r['tensors']) or 'no single tensor'}; "
+            f"samples {_some([str(s) for s in r['samples']])}"
+            for r in guilty
+        ]
+        return DivergedError(
+            f"step {step}: loss {loss}; " + " | ".join(parts),
+            "loss and gradients are finite; nothing was updated with these",
+            "look at these samples (titans-pretrain inspect), lower optim.lr, or resume from the "
+            "last checkpoint",
+        )
+
+
+def _finite(x: float) -> bool:
+    return x == x and abs(x) != float("inf")
+
+
+def _some(items: Sequence[str], most: int = 8) -> str:
+    rest = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + rest
