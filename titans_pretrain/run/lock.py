@@ -168,6 +168,23 @@ class RunLock:
             temporary.unlink(missing_ok=True)
 
 
+def newest_claim(folder: Path) -> Claim | None:
+    """The claim with the highest number, for a reader; None if there is none to read."""
+    try:
+        life = max(_claims(folder), default=0)
+        return _load(_path(folder, life)) if life else None
+    except FileNotFoundError:
+        return None
+
+
+def _load(path: Path) -> Claim | None:
+    """None: being written where hard links do not exist, or damaged."""
+    try:
+        return Claim(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        return None
+
+
 def _claims(folder: Path) -> list[int]:
     found = (_CLAIM.fullmatch(name) for name in os.listdir(folder))  # noqa: PTH208 (names only)
     return [int(m[1]) for m in found if m]
@@ -211,11 +228,9 @@ def _create(folder: Path, claim: Claim) -> bool:
 def _refuse_if_alive(folder: Path, life: int, bound: float) -> None:
     path = _path(folder, life)
     try:
-        claim = Claim(**json.loads(path.read_text(encoding="utf-8")))
+        claim = _load(path)
     except FileNotFoundError:
         return  # cleared by a newer life: creating ours will show it
-    except (ValueError, TypeError):
-        claim = None  # being written where hard links do not exist, or damaged
     if claim is not None and claim.released:
         return
     here = claim is not None and claim.host == socket.gethostname()

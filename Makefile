@@ -1,0 +1,75 @@
+# make pretrain: from nothing to a trained model, its loss curve and the baselines it beats.
+PYTHON ?= python3.11
+VENV ?= .venv
+RUN ?= runs/demo
+RANKS ?=
+ARGS ?=
+BIN := $(VENV)/bin
+TORCH := $(shell grep '^torch==' requirements.txt)
+# What the set-up of deepspeed (a source package) imports, beside torch.
+BUILD := setuptools wheel numpy ninja packaging py-cpuinfo psutil pydantic
+
+.PHONY: pretrain environment dev test test-fast lint format fuzz bench tensorboard gpu-check clean
+
+pretrain: environment data/demo/manifest.json
+	$(BIN)/titans-pretrain train configs/demo.yaml folder=$(RUN) $(if $(RANKS),--ranks $(RANKS)) $(ARGS)
+	$(BIN)/titans-pretrain plot $(RUN)
+
+data/demo/manifest.json: | environment
+	$(BIN)/titans-pretrain prepare configs/corpus --tokenizer tokenizers/demo.model --out data/demo
+
+# Stamps: a second call installs nothing. Torch comes first and alone, so that pip takes the build
+# for this machine and deepspeed finds it; its kernels are left unbuilt (they are not used).
+environment: $(VENV)/.package
+dev: $(VENV)/.dev
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.requirements: requirements.txt $(VENV)/.created
+	$(BIN)/pip install --quiet $(TORCH) $(BUILD)
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation -r requirements.txt
+	touch $@
+
+$(VENV)/.package: pyproject.toml $(VENV)/.requirements
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.package
+	$(BIN)/pip install --quiet --no-build-isolation -r requirements-dev.txt
+	touch $@
+
+test: dev
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: dev
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+lint: dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# Fresh random cases of the property tests, more of them.
+fuzz: dev
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+bench: environment
+	$(BIN)/titans-pretrain bench memory $(ARGS)
+	$(BIN)/titans-pretrain bench data $(ARGS)
+
+tensorboard: environment
+	$(BIN)/tensorboard --logdir $(dir $(RUN))
+
+# The tests that need a CUDA device, on a machine that has one.
+gpu-check: dev
+	$(BIN)/python -c "import torch; print(torch.cuda.get_device_name())"
+	$(BIN)/python -m pytest -m cuda $(ARGS)
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

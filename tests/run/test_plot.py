@@ -1,0 +1,73 @@
+"""The loss curve's numbers, and that a picture is drawn."""
+
+import subprocess
+import sys
+
+import pytest
+
+from titans_pretrain.errors import DataError
+from titans_pretrain.run.folder import RunFolder
+from titans_pretrain.run.metrics import Metrics
+from titans_pretrain.run.plot import draw, plot_run, smooth
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = RunFolder(tmp_path / "demo")
+    folder.path.mkdir()
+    with Metrics(folder, 0, False) as metrics:
+        for step in range(1, 11):
+            values = {"train/loss": 6.0 - step / 10}
+            if step % 5 == 0:
+                values["validation/loss"] = 6.25 - step / 10
+            metrics.write(step, step * 8, values)
+        metrics.write(10, 80, {"baseline/unigram": 5.5, "baseline/bigram": 5.0})
+    return folder
+
+
+def test_the_summary_gives_the_curves_ends_and_the_baselines(run):
+    out = run.path / "curve.png"
+    lines = plot_run(run.path, out).splitlines()
+    weights = [0.9**k for k in range(10)]
+    mean = sum(w * (5.0 + k / 10) for k, w in enumerate(weights)) / sum(weights)
+    assert lines == [
+        f"training loss:   5.9000 (step 1) -> {mean:.4f} (step 10, smooth)",
+        "validation loss: 5.2500 (step 10), lowest 5.2500 (step 10)",
+        "unigram baseline: 5.5000 (0.2500 above the run)",
+        "bigram baseline: 5.0000 (0.2500 below the run)",
+        f"curve: {out}",
+    ]
+    assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_figure_holds_the_curves_and_a_line_for_each_baseline():
+    training, validation = [(1, 4.0), (2, 2.0)], [(2, 3.0)]
+    axes = draw(training, validation, {"unigram": 5.0, "bigram": 3.5}).axes[0]
+    drawn = [list(zip(*line.get_data())) for line in axes.lines]
+    assert drawn[0] == training
+    assert drawn[1] == smooth(training) == [(1, 4.0), (2, pytest.approx((3.6 + 2) / 1.9))]
+    assert drawn[2] == validation
+    assert [line.get_ydata()[0] for line in axes.lines[3:]] == [5.0, 3.5]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["training", "validation", "unigram (5.000)", "bigram (3.500)"]
+
+
+def test_a_run_without_losses_is_a_data_error(tmp_path, run):
+    with pytest.raises(DataError, match="No such file"):
+        plot_run(tmp_path / "nowhere", tmp_path / "x.png")
+    run.metrics.write_text("")
+    with pytest.raises(DataError, match="0 records without"):
+        plot_run(run.path, tmp_path / "x.png")
+
+
+def test_drawing_needs_no_torch_and_no_screen(run):
+    code = (
+        "import sys; from pathlib import Path; from titans_pretrain.cli import main\n"
+        "code = main(['plot', sys.argv[1]]); print('torch' in sys.modules); sys.exit(code)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, timeout=60
+    )
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.splitlines()[-1] == "False"
+    assert (run.path / "loss.png").exists()

@@ -1,0 +1,73 @@
+"""The continuous check's own rules: skips fail it, the time limit names tests."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _pytest(folder: Path, source: str, *options: str) -> subprocess.CompletedProcess:
+    (folder / "test_it.py").write_text("import pytest, time\n" + source)
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers = cuda: x\n")
+    command = [sys.executable, "-m", "pytest", "-p", "tests.ci_plugin", *options, str(folder)]
+    return subprocess.run(
+        [*command, "-c", str(folder / "pytest.ini"), "-p", "no:cacheprovider"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+CUDA = "@pytest.mark.cuda\ndef test_a(): pytest.skip('no device')\n"
+
+
+def test_a_skip_for_want_of_cuda_is_listed_and_passes(tmp_path):
+    out = _pytest(tmp_path, CUDA + "def test_b(): pass\n")
+    assert out.returncode == 0
+    assert "needs CUDA: test_it.py::test_a: Skipped: no device" in out.stdout
+    assert "1 passed, 1 skipped" in out.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def test_b(): pytest.skip('tired')\n",
+        "@pytest.mark.skipif(True, reason='tired')\ndef test_b(): pass\n",
+        "pytest.skip('tired', allow_module_level=True)\n",
+    ],
+)
+def test_any_other_skip_fails(tmp_path, source):
+    out = _pytest(tmp_path, CUDA + source + "def test_c(): pass\n")
+    assert out.returncode != 0
+    assert "NOT ALLOWED" in out.stdout
+    assert "tired" in out.stdout
+
+
+def test_the_time_limit_names_the_running_and_the_slowest_test(tmp_path):
+    source = "def test_a(): time.sleep(0.3)\ndef test_b(): time.sleep(60)\n"
+    out = _pytest(tmp_path, source, "--time-limit", "2")
+    assert out.returncode == 2  # interrupted
+    assert "stopped after 2 s in test_it.py::test_b; slowest so far:" in out.stderr
+    assert "0.3 s  test_it.py::test_a" in out.stderr
+    assert "0.3 s  test_it.py::test_a" in out.stdout
+    assert "= 1 passed in" in out.stdout.splitlines()[-1]
+
+
+def test_a_test_that_does_not_let_go_is_ended(tmp_path):
+    source = (
+        "def test_a():\n"
+        "    while True:\n"
+        "        try:\n"
+        "            time.sleep(60)\n"
+        "        except BaseException:\n"
+        "            pass\n"
+    )
+    out = _pytest(tmp_path, source, "--time-limit", "1", "--time-limit-patience", "1")
+    assert out.returncode == 124
+    assert "stopped after 1 s in test_it.py::test_a" in out.stderr

@@ -1,0 +1,123 @@
+"""The loss curve of a run as a picture, from its metrics.jsonl. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from titans_pretrain.errors import DataError
+from titans_pretrain.run.files import storage_error
+from titans_pretrain.run.folder import RunFolder
+from titans_pretrain.run.metrics import read_records
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TRAINING, VALIDATION = "train/loss", "validation/loss"
+# Losses of simple models of the validation split, recorded by the run: `baseline/<name>`.
+BASELINE = "baseline/"
+_SMOOTH = 0.9  # weight of the past in the smoothed training loss
+
+Curve = list[tuple[int, float]]
+
+
+def plot_run(folder: Path, out: Path) -> str:
+    """Draws the run in `folder` into the PNG `out`; returns what the picture shows, in words.
+
+    Raises DataError if the run has recorded no loss.
+    """
+    path = RunFolder(folder).metrics
+    try:
+        records = list(read_records(path))
+    except OSError as e:
+        raise DataError(
+            f"{path}: {e.strerror}", "a run folder holds metrics.jsonl", "name a run that has begun"
+        ) from e
+    training, validation = curve(records, TRAINING), curve(records, VALIDATION)
+    if not training and not validation:
+        raise DataError(
+            f"{path}: {len(records)} records without {TRAINING} or {VALIDATION}",
+            "a loss curve needs a recorded loss",
+            "train at least log.every steps",
+        )
+    baselines = recorded_baselines(records)
+    figure = draw(training, validation, baselines, title=folder.name)
+    try:
+        figure.savefig(out, dpi=120, metadata={"Software": None})
+    except OSError as e:
+        raise storage_error(e, f"writing {out}", starting=True) from e
+    return "\n".join([*summary(training, validation, baselines), f"curve: {out}"])
+
+
+def curve(records: Sequence[Mapping[str, Any]], name: str) -> Curve:
+    """(step, value) of the records that hold `name`."""
+    return [(r["step"], r["values"][name]) for r in records if name in r["values"]]
+
+
+def recorded_baselines(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The latest `baseline/<name>` values, by name."""
+    return {
+        key.removeprefix(BASELINE): value
+        for record in records
+        for key, value in record["values"].items()
+        if key.startswith(BASELINE)
+    }
+
+
+def smooth(values: Curve, weight: float = _SMOOTH) -> Curve:
+    """Exponential moving average, corrected for its start."""
+    average, mass, out = 0.0, 0.0, []
+    for step, value in values:
+        average = weight * average + (1 - weight) * value
+        mass = weight * mass + (1 - weight)
+        out.append((step, average / mass))
+    return out
+
+
+def draw(
+    training: Curve, validation: Curve, baselines: Mapping[str, float], title: str = ""
+) -> Figure:
+    """The figure: training loss (faint, and smoothed), validation loss, baselines as lines."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a screen, whatever the environment says
+    axes = figure.subplots()
+    if training:
+        axes.plot(*zip(*training), color="tab:blue", alpha=0.25, linewidth=0.8)
+        axes.plot(*zip(*smooth(training)), color="tab:blue", label="training")
+    if validation:
+        axes.plot(*zip(*validation), color="tab:orange", marker="o", ms=3, label="validation")
+    for number, (name, loss) in enumerate(sorted(baselines.items(), key=lambda b: -b[1])):
+        style = ("dashed", "dotted", "dashdot")[number % 3]
+        label = f"{name} ({loss:.3f})"
+        axes.axhline(loss, color="gray", linestyle=style, linewidth=1, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def summary(training: Curve, validation: Curve, baselines: Mapping[str, float]) -> list[str]:
+    """The figures in words, one line each."""
+    lines = []
+    if training:
+        (first, at), (last, end) = training[0], smooth(training)[-1]
+        lines.append(f"training loss:   {at:.4f} (step {first}) -> {end:.4f} (step {last}, smooth)")
+    if validation:
+        best_step, best = min(validation, key=lambda point: point[1])
+        last, end = validation[-1]
+        lines.append(
+            f"validation loss: {end:.4f} (step {last}), lowest {best:.4f} (step {best_step})"
+        )
+    for name, loss in sorted(baselines.items(), key=lambda b: -b[1]):
+        line = f"{name + ' baseline:':<16} {loss:.4f}"
+        if validation:
+            difference = loss - validation[-1][1]
+            line += f" ({abs(difference):.4f} {'above' if difference > 0 else 'below'} the run)"
+        lines.append(line)
+    return lines
