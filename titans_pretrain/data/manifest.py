@@ -13,6 +13,7 @@ sha256 of every table and shard. 10^12 tokens are about 10^6 members, a table of
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -148,8 +149,6 @@ def write_manifest(folder: Path, header: dict[str, Any], splits: dict[str, Split
 
 
 def _npy(table: NDArray[np.void]) -> bytes:
-    import io
-
     buffer = io.BytesIO()
     np.save(buffer, table)
     return buffer.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from pathlib import Path
 from typing import IO, Any
@@ -97,6 +98,8 @@ class ShardWriter:
             return
         with writing(self.folder):
             self._tar.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
             self._file.close()
         rows = np.concatenate(self._in_shard)
         path = self._path()

@@ -7,7 +7,7 @@ next sample number and the intervals to skip: the same on every rank, whatever t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -175,7 +175,7 @@ class TrainStream:
         """The state with the samples [start, stop) left out from now on."""
         return {**state, "skips": sorted([*state["skips"], [start, stop]])}
 
-    def batches(self, state: State) -> Iterator[tuple[list[Batch], State]]:
+    def batches(self, state: State) -> Generator[tuple[list[Batch], State], None, None]:
         """Endless (micro-batches of this rank, state after them). Closing the iterator stops the
         workers; what they have read ahead is thrown away. Raises DataError and NodeError."""
         if self.data.workers == 0:
@@ -184,7 +184,7 @@ class TrainStream:
             return
         loader = DataLoader(
             self._samples,
-            batch_sampler=_Plan(self, state),  # type: ignore[arg-type]
+            batch_sampler=_Plan(self, state),
             num_workers=self.data.workers,
             collate_fn=_as_read,
             prefetch_factor=PREFETCH,
