@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_pretrain.memory.chunked import chunked_memory
+from titans_pretrain.memory.packing import PackingPlan
 from titans_pretrain.memory.rules import MemorySpec
 from titans_pretrain.memory.state import (
     MemoryState,
@@ -240,10 +241,10 @@ class MemoryLayer(nn.Module):
         k: Tensor,
         v: Tensor,
         rates: Rates,
-        positions: Tensor,
+        plan: PackingPlan,
         state: MemoryState | None,
     ) -> tuple[Tensor, MemoryState]:
-        """Writes k, v and reads at q, token by token [N, H, T, d]; positions [N, T]."""
+        """Writes k, v and reads at q, token by token [N, H, T, d]; `plan` says what to reset."""
         return chunked_memory(
             q,
             k,
@@ -254,7 +255,7 @@ class MemoryLayer(nn.Module):
             self.first_weights(),
             self.inner_norm(),
             self.spec,
-            positions=positions,
+            plan=plan,
             state=state,
         )
 

@@ -116,7 +116,7 @@ class MacMixer(nn.Module):
             q_m, q_tail = m.queries(y, step.conv, tails[0])
             k_m, k_tail = m.keys(y, step.conv, tails[1])
             v_m, v_tail = m.values(y, step.conv, tails[2])
-            read, memory = m.write(q_m, k_m, v_m, m.rates(y), step.positions, memory)
+            read, memory = m.write(q_m, k_m, v_m, m.rates(y), step.memory, memory)
             gate = torch.sigmoid(m.normed(read)).to(y.dtype)
             outputs.append((self.scatter_heads(y) * gate).flatten(0, 1))
 
@@ -179,6 +179,7 @@ class MacMixer(nn.Module):
         return segment_plan(
             positions,
             segment=config.segment,
+            chunk=config.memory.chunk,
             persistent=config.persistent_tokens,
             pool=POOL[config.memory.retrieved],
             learned=config.memory.learned_queries,

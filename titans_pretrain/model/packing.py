@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from titans_pretrain.memory.layer import ConvPlan
+from titans_pretrain.memory.packing import PackingPlan, plan_documents
 from titans_pretrain.model.blocks import Rotation, rotation
 
 
@@ -92,8 +93,9 @@ class SegmentStep:
     begin: int
     end: int  # w = end - begin
     retrieved: tuple[int, int]  # memory tokens of the segment: formed in this step, from .. to
-    positions: Tensor  # [n, w] in the document, -1 at pads
+    positions: Tensor  # [n, w] in the document, -1 at pads; on the CPU
     conv: ConvPlan
+    memory: PackingPlan
     mask: Tensor  # [1, 1, w, persistent + retrieved[1] + end]: persistent | retrieved | segment
     closing: Tensor  # [c] which of the n documents end here and are their row's last
 
@@ -123,6 +125,7 @@ def segment_plan(
     positions: Tensor,
     *,
     segment: int,
+    chunk: int,
     persistent: int,
     pool: int | None,
     learned: int,
@@ -187,6 +190,7 @@ def segment_plan(
                 retrieved=formed,
                 positions=here,
                 conv=ConvPlan.of(here, device),
+                memory=plan_documents(here, chunk, device),
                 mask=(sees <= slot[:, None])[None, None].to(device),
                 closing=ends.to(device),
             )

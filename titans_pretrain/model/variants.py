@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from titans_pretrain.config import ModelConfig
 from titans_pretrain.memory.layer import ConvPlan, MemoryLayer
+from titans_pretrain.memory.packing import PackingPlan, plan_documents
 from titans_pretrain.memory.rules import MemorySpec
 from titans_pretrain.memory.state import MemoryState
 from titans_pretrain.model.blocks import Attention, rotate
@@ -97,8 +98,8 @@ def memory_layer(config: ModelConfig, *, output_gate: bool, **where: Any) -> Mem
 
 @dataclass(frozen=True)
 class LmmPlan:
-    positions: Tensor
     rows: ConvPlan
+    memory: PackingPlan
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class LmmMixer(nn.Module):
         k, k_tail = m.keys(x, plan.rows, tails[1])
         v, v_tail = m.values(x, plan.rows, tails[2])
         before = None if state is None else state.memory
-        y, after = m.write(q, k, v, m.rates(x), plan.positions, before)
+        y, after = m.write(q, k, v, m.rates(x), plan.memory, before)
         assert m.output_gate is not None
         out = m.out(m.normed(y).to(x.dtype) * F.silu(m.output_gate(x)))
         return out, LmmState(after, (q_tail, k_tail, v_tail)) if carry else None
@@ -141,7 +142,11 @@ class LmmMixer(nn.Module):
     def plan(
         config: ModelConfig, positions: Tensor, state: ModelState | None, like: Tensor
     ) -> LmmPlan:
-        return LmmPlan(positions.to(like.device), ConvPlan.of(positions.cpu(), like.device))
+        positions = positions.cpu()
+        return LmmPlan(
+            ConvPlan.of(positions, like.device),
+            plan_documents(positions, config.memory.chunk, like.device),
+        )
 
 
 def mac_mixer(config: ModelConfig, **where: Any) -> MacMixer:
