@@ -73,7 +73,7 @@ class ModelConfig(Section):
 
     @property
     def alignment(self) -> int:
-        """Tokens to whose multiple each packed document is padded: the memory's chunk (spec 4.7)."""
+        """Each packed document is padded to a multiple of so many tokens: the memory's chunk."""
         return 1 if self.variant == "transformer" else self.memory.chunk
 
     @model_validator(mode="after")
@@ -293,7 +293,7 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
             problems.append(f"{path}: missing")
             remedies.append(f"set {path} in the file or on the command line")
         elif item["type"] == "value_error":
-            found, rule, remedy = (str(item["ctx"]["error"]).split("; ", 2) + ["", ""])[:3]
+            found, rule, remedy = [*str(item["ctx"]["error"]).split("; ", 2), "", ""][:3]
             problems.append(f"{path + ': ' if path else ''}{found} ({rule})")
             remedies.append(remedy)
         else:
@@ -323,9 +323,12 @@ def _keys(section: type[BaseModel], prefix: tuple[str, ...]) -> typing.Iterator[
     for name, field in section.model_fields.items():
         yield (*prefix, name)
         kind = field.annotation
-        if isinstance(kind, type) and not isinstance(kind, types.GenericAlias):
-            if issubclass(kind, BaseModel):
-                yield from _keys(kind, (*prefix, name))
+        if (
+            isinstance(kind, type)
+            and not isinstance(kind, types.GenericAlias)
+            and issubclass(kind, BaseModel)
+        ):
+            yield from _keys(kind, (*prefix, name))
 
 
 def _nearest_divisor(n: int, wanted: int) -> int:

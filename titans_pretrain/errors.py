@@ -25,7 +25,7 @@ EXIT_HANG = 77
 
 
 class TitansError(Exception):
-    """An expected failure, told in one message: what was found, which rule it breaks, what to do."""
+    """An expected failure in one message: what was found, which rule it breaks, what to do."""
 
     exit_code = EXIT_OTHER
 
