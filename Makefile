@@ -28,7 +28,7 @@ $(VENV)/.created:
 	touch $@
 
 $(VENV)/.requirements: requirements.txt $(VENV)/.created
-	$(BIN)/pip install --quiet $(TORCH) $(BUILD)
+	$(BIN)/pip install --quiet --constraint requirements.txt $(TORCH) $(BUILD)
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation -r requirements.txt
 	touch $@
 

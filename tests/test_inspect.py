@@ -1,31 +1,37 @@
-"""What `inspect` says of a shard without manifest, a run folder, and a path that is nothing."""
+"""What `inspect` says of prepared data, a run folder, and a path that is nothing."""
 
-import io
-import tarfile
+import json
+from pathlib import Path
 
 import pytest
 
+from titans_pretrain import cli
 from titans_pretrain.errors import ConfigError, DataError
 from titans_pretrain.inspect_command import inspect
 from titans_pretrain.run.folder import RunFolder
 from titans_pretrain.run.metrics import Metrics
 
 
-def test_a_shard_lists_its_members_and_a_cut_one_is_a_data_error(tmp_path):
-    path = tmp_path / "train-00000.tar"
-    with tarfile.open(path, "w") as tar:
-        for number in range(5):
-            for kind, size in (("len", 8), ("tok", 1000 + number)):
-                entry = tarfile.TarInfo(f"{number:04d}.{kind}")
-                entry.size = size
-                tar.addfile(entry, io.BytesIO(bytes(size)))
-    lines = inspect(path).splitlines()
-    assert lines[1] == "  10 files, 5,050 bytes of content"
-    assert lines[3].split() == ["0000.tok", "1,000", "bytes"]
-    assert lines[10] == "  ... 2 more"
-    path.write_bytes(path.read_bytes()[:1700])
-    with pytest.raises(DataError, match=r"train-00000\.tar"):
-        inspect(path)
+def test_a_prepared_folder_and_its_shards_are_described_and_damage_is_named(tmp_path, capsys):
+    lines = [json.dumps({"text": f"document {number} of forty"}) for number in range(40)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "out"
+    tokenizer = str(Path(__file__).parent.parent / "tokenizers" / "demo.model")
+    prepare = ["prepare", str(tmp_path / "text.jsonl"), "--tokenizer", tokenizer]
+    assert cli.main([*prepare, "--out", str(out), "--workers", "1"]) == 0
+    capsys.readouterr()
+    assert cli.main(["inspect", str(out), "--verify"]) == 0
+    told = capsys.readouterr().out
+    assert "40 documents" in told
+    assert "every shard and the tokenizer have the manifest's sha256" in told
+    assert inspect(out / "manifest.json") in told
+    [shard] = out.glob("train-*.tar")
+    assert str(shard.name) in inspect(shard)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert cli.main(["inspect", str(out), "--verify"]) == 3
+    assert str(shard.name) in capsys.readouterr().err
 
 
 def test_a_run_tells_its_life_checkpoints_and_last_record(tmp_path):

@@ -53,6 +53,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     _add_train(commands)
     inspect = commands.add_parser("inspect", help="say what a checkpoint, shard or manifest holds")
     inspect.add_argument("path", type=Path, help="a run's checkpoint, a shard (.tar) or a manifest")
+    inspect.add_argument("--verify", action="store_true", help="read every shard of a manifest")
     inspect.set_defaults(run=_inspect)
     bench = commands.add_parser("bench", help="measure the memory or the data stream")
     bench.add_argument("what", choices=sorted(_BENCHMARKS))
@@ -137,7 +138,7 @@ def _train(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from titans_pretrain.inspect_command import inspect
 
-    print(inspect(args.path))
+    print(inspect(args.path, args.verify))
     return 0
 
 

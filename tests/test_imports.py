@@ -1,0 +1,149 @@
+"""Which room may know which: the imports of the package, read from its source.
+
+An import below `if TYPE_CHECKING` binds nothing at run time and is left out, except for engines,
+which are named in their own places alone.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent / "titans_pretrain"
+
+# Room -> the modules of the package that it may import, as prefixes; its own room always.
+ARROWS = {
+    "errors": (),
+    "config": ("errors",),
+    "data": ("config", "errors"),
+    "memory": (),
+    "model": ("config", "errors", "memory"),
+    "parallel": ("config", "errors", "data.batch"),
+    "run": ("config", "errors", "parallel.layout"),
+    "launch": ("errors", "run.files"),
+}
+# Engine -> where it may be imported (files or folders).
+ENGINES = {
+    "megatron": ("parallel/",),
+    "deepspeed": (
+        "parallel/zero.py",
+        "parallel/compat.py",
+    ),  # compat: keeps its builds from starting
+    "webdataset": ("data/",),
+    "sentencepiece": ("data/tokens.py", "data/tokenizer_command.py"),
+    "tensorboard": ("run/metrics.py",),
+    "torch.utils.tensorboard": ("run/metrics.py",),
+    "triton": ("memory/kernels/",),
+    "pydantic": ("config.py",),
+    "matplotlib": ("run/",),
+    "zstandard": ("data/",),
+}
+# The memory knows torch and what Python brings.
+MEMORY_OUTSIDE = {"torch", "triton"} | set(sys.stdlib_module_names)
+
+
+def imports(source: str, module: str, *, typing: bool = True) -> set[str]:
+    """Absolute names that the source imports: modules, and names taken from packages. `typing`
+    False leaves out what stands below `if TYPE_CHECKING`."""
+    tree = ast.parse(source)
+    ignored: set[ast.AST] = set()
+    if not typing:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                ignored |= {inner for child in node.body for inner in ast.walk(child)}
+    found = set()
+    for node in ast.walk(tree):
+        if node in ignored:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = module.split(".")[: -node.level] if node.level else []
+            base = ".".join([*package, *(node.module or "").split(".")]).strip(".")
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def violations(files: dict[str, str]) -> list[str]:
+    """What breaks the rules, in words; `files` maps paths below the package to sources."""
+    wrong = []
+    for path, source in sorted(files.items()):
+        parts = path.removesuffix(".py").removesuffix("/__init__").split("/")
+        module = ".".join(["titans_pretrain", *parts])
+        everything = imports(source, module)
+        for engine, places in ENGINES.items():
+            if any(_within(name, engine) for name in everything) and not path.startswith(places):
+                wrong.append(f"{path} imports {engine}, which lives in {' '.join(places)}")
+        if parts[0] == "memory":
+            outside = {n.split(".")[0] for n in everything} - {"titans_pretrain"} - MEMORY_OUTSIDE
+            wrong += [f"{path} imports {name}; the memory imports torch alone" for name in outside]
+        ours = [
+            name.removeprefix("titans_pretrain.")
+            for name in imports(source, module, typing=False)
+            if _within(name, "titans_pretrain")
+        ]
+        for name in ours:
+            room = name.split(".")[0]
+            allowed = (*ARROWS[parts[0]], parts[0]) if parts[0] in ARROWS else (room,)
+            if not any(_within(name, prefix) for prefix in allowed):
+                wrong.append(f"{path} imports titans_pretrain.{name}")
+            if room == "train" and path != "cli.py":
+                wrong.append(f"{path} imports train, which only the command line does")
+            if room == "cli" and path != "__main__.py":
+                wrong.append(f"{path} imports the command line")
+    return wrong
+
+
+def test_the_package_keeps_to_its_arrows():
+    files = {str(p.relative_to(ROOT)): p.read_text() for p in ROOT.rglob("*.py")}
+    assert len(files) > 30
+    assert violations(files) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("memory/rules.py", "from titans_pretrain.config import MemoryConfig"),
+        ("memory/rules.py", "import numpy"),
+        ("memory/rules.py", "def f():\n    import torch, deepspeed"),
+        ("model/titans.py", "from titans_pretrain.parallel import world"),
+        ("model/titans.py", "from ..parallel.world import World"),
+        ("model/titans.py", "from titans_pretrain import parallel"),
+        ("model/titans.py", "import megatron.core"),
+        ("data/stream.py", "from titans_pretrain.run import folder"),
+        ("parallel/pipeline.py", "import deepspeed"),
+        ("parallel/plan.py", "from titans_pretrain.model.titans import TitansLM"),
+        ("run/console.py", "from torch.utils.tensorboard import SummaryWriter"),
+        ("run/console.py", "from titans_pretrain.parallel.world import World"),
+        ("step.py", "import titans_pretrain.train"),
+        ("step.py", "from pydantic import BaseModel"),
+        ("config.py", "from titans_pretrain.data import order"),
+        ("train.py", "from titans_pretrain.cli import main"),
+        ("train.py", "if TYPE_CHECKING:\n    import sentencepiece"),
+    ],
+)
+def test_each_rule_is_held(path, source):
+    assert violations({path: source}) != []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("memory/kernels/fused.py", "import torch, triton, math"),
+        ("memory/layer.py", "from titans_pretrain.memory.state import MemoryState\nimport torch"),
+        ("model/titans.py", "from titans_pretrain.memory import layer"),
+        ("run/dcp.py", "from titans_pretrain.parallel.layout import Fragment"),
+        ("run/x.py", "if TYPE_CHECKING:\n    from titans_pretrain.parallel.world import World"),
+        ("train.py", "from titans_pretrain.parallel import world\nimport titans_pretrain.run.lock"),
+        ("cli.py", "from titans_pretrain.train import run_training"),
+        ("parallel/tensor.py", "from megatron.core import tensor_parallel"),
+        ("data/inspect.py", "from .manifest import load_manifest"),
+    ],
+)
+def test_and_allows_what_it_should(path, source):
+    assert violations({path: source}) == []
