@@ -62,6 +62,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     plot = commands.add_parser("plot", help="draw a run's loss curve")
     plot.add_argument("folder", metavar="RUN", type=Path, help="the run folder")
     plot.add_argument("--out", type=Path, help="PNG to write; default: RUN/loss.png")
+    plot.add_argument("--no-baselines", action="store_true", help="do not read the run's data")
     plot.set_defaults(run=_plot)
 
     args, rest = parser.parse_known_args(argv)
@@ -147,9 +148,17 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _plot(args: argparse.Namespace) -> int:
+    from titans_pretrain.config import load_config
+    from titans_pretrain.run.folder import RunFolder
     from titans_pretrain.run.plot import plot_run
 
-    print(plot_run(args.folder, args.out or args.folder / "loss.png"))
+    found: dict[str, float] = {}
+    if not args.no_baselines:
+        from titans_pretrain.data.baselines import baselines
+
+        [source] = load_config(RunFolder(args.folder).config).data.sources.values()
+        found = baselines(source.path)
+    print(plot_run(args.folder, args.out or args.folder / "loss.png", found))
     return 0
 
 

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TRAINING, VALIDATION = "train/loss", "validation/loss"
-# Losses of simple models of the validation split, recorded by the run: `baseline/<name>`.
-BASELINE = "baseline/"
 _SMOOTH = 0.9  # weight of the past in the smoothed training loss
 
 Curve = list[tuple[int, float]]
 
 
-def plot_run(folder: Path, out: Path) -> str:
+def plot_run(folder: Path, out: Path, baselines: Mapping[str, float]) -> str:
     """Draws the run in `folder` into the PNG `out`; returns what the picture shows, in words.
+
+    `baselines`: losses of simple models on the validation split, by name; may be empty.
 
     Raises DataError if the run has recorded no loss.
     """
@@ -41,7 +41,6 @@ def plot_run(folder: Path, out: Path) -> str:
             "a loss curve needs a recorded loss",
             "train at least log.every steps",
         )
-    baselines = recorded_baselines(records)
     figure = draw(training, validation, baselines, title=folder.name)
     try:
         figure.savefig(out, dpi=120, metadata={"Software": None})
@@ -53,16 +52,6 @@ def plot_run(folder: Path, out: Path) -> str:
 def curve(records: Sequence[Mapping[str, Any]], name: str) -> Curve:
     """(step, value) of the records that hold `name`."""
     return [(r["step"], r["values"][name]) for r in records if name in r["values"]]
-
-
-def recorded_baselines(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The latest `baseline/<name>` values, by name."""
-    return {
-        key.removeprefix(BASELINE): value
-        for record in records
-        for key, value in record["values"].items()
-        if key.startswith(BASELINE)
-    }
 
 
 def smooth(values: Curve, weight: float = _SMOOTH) -> Curve:
