@@ -129,6 +129,13 @@ class BlockReader:
             labels[p + skip : p + known] = ids[offset + skip + 1 : offset + known + 1]
             mask[p + skip : p + known] = True
 
+    def member(self, member: int) -> tuple[Ints, Ints]:
+        """A whole member, checked: (tokens, document lengths)."""
+        shard = int(self.split.members[member]["shard"])
+        _, _, lengths = self._layout(shard, member)
+        ids = self._ids(shard, member, 0, int(self.split.members[member]["tokens"]))
+        return ids.astype(np.int64), lengths
+
     def _layout(self, shard: int, member: int) -> tuple[Ints, Ints, Ints]:
         """Padded starts, token starts and lengths of a member's documents; checks it once."""
         known = self._layouts.get(member)
