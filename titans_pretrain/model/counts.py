@@ -1,0 +1,95 @@
+"""Parameters and floating point operations of a model, by part, from its config alone.
+
+Letters: D width, H heads, d head width, L memory layers of widths d, m d, .., d, C chunk,
+G segment, P persistent tokens, R memory tokens of a segment.
+"""
+
+from __future__ import annotations
+
+from titans_pretrain.config import ModelConfig
+from titans_pretrain.memory.layer import WIDTH
+from titans_pretrain.memory.rules import MemorySpec
+
+
+def parameter_count(config: ModelConfig) -> dict[str, int]:
+    """Parameters by part; a tied head counts 0. `fast_init`: the memory's first weights."""
+    D, H, L = config.width, config.heads, config.memory.depth
+    vocabulary = (config.vocab_size or 0) * D
+    attention = memory = fast = 0
+    if config.variant != "lmm":
+        attention = 4 * D * D
+    if config.variant != "transformer":
+        maps = 5 if config.variant == "lmm" else 4  # q, k, v, out, and LMM's output gate
+        gates = (D + 1) * H * L * 3
+        memory = maps * D * D + 3 * WIDTH * D + gates + D  # + convolutions, and the read's norm
+        memory += 2 * D * config.memory.residual_norm
+        fast = H * sum(a * o for a, o in _shapes(config))
+    if config.variant == "mac":
+        memory += config.persistent_tokens * D
+        if config.memory.retrieved == "learned":
+            memory += config.memory.learned_queries * D
+    return {
+        "embedding": vocabulary,
+        "head": 0 if config.tied_embeddings else vocabulary,
+        "norms": (2 * config.blocks + 1) * D,
+        "mlp": config.blocks * 3 * D * config.mlp_hidden,
+        "attention": config.blocks * attention,
+        "memory": config.blocks * memory,
+        "fast_init": config.blocks * fast,
+    }
+
+
+def flops_per_token(
+    config: ModelConfig, sequence_length: int, *, useful: bool = False
+) -> dict[str, float]:
+    """Forward FLOPs of a token by part, averaged over one document of `sequence_length` tokens.
+
+    A multiply-add is 2; only matrix products count. By default masked scores count like others, as
+    they are computed; with `useful` only the pairs of tokens that a mask lets through do. Left out
+    are the memory's coefficients, which depend on neither d nor h, and the 2 x 2 products that
+    carry (W, S) over a chunk. The backward pass is 2x, with block recompute 3x. The document fills
+    whole chunks and segments.
+    """
+    D, H, C, G = config.width, config.heads, config.memory.chunk, config.segment
+    T, spec = sequence_length, config.memory
+    shapes = _shapes(config)
+    products = sum(a * o for a, o in shapes)
+    flops = {
+        "mlp": 6.0 * D * config.mlp_hidden,
+        "attention_maps": 0.0,
+        "attention": 0.0,
+        "memory_maps": 0.0,
+        "memory": 0.0,
+        "retrieval": 0.0,
+    }
+    if config.variant != "transformer":
+        maps = 4 + (config.variant == "lmm" or spec.retrieved != "learned")
+        flops["memory_maps"] = 2.0 * D * (maps * D + 3 * H * spec.depth)
+        # Keys forward, reads of W and S, updates of W and S; the inner backward stops at layer 2.
+        # Decay toward the first weights adds their own reads.
+        whole = 5 * products + sum(a * o for a, o in shapes[1:])
+        whole += products * (spec.decay_to == "init")
+        pairs = (C + 1) / 2 if useful else C
+        flops["memory"] = H * 2.0 * (whole + pairs * sum(a + o for a, o in shapes))
+    if config.variant == "transformer":
+        seen = sum(min(t + 1, config.window or T) for t in range(T)) / T if useful else T
+        flops["attention_maps"], flops["attention"] = 8.0 * D * D, 4.0 * D * seen
+    if config.variant == "mac":
+        pool = {"pool1": 1, "pool2": 2}.get(spec.retrieved)
+        R = G // pool if pool else spec.learned_queries
+        seen = config.persistent_tokens + R + G
+        if useful:
+            past = sum((i + 1) // pool for i in range(G)) / G if pool else R
+            seen = config.persistent_tokens + past + (G + 1) / 2
+        # Keys and values of memory tokens, and, once a forward, of persistent ones.
+        extra = 4.0 * D * D * (R / G + config.persistent_tokens / T)
+        flops["attention_maps"], flops["attention"] = 8.0 * D * D + extra, 4.0 * D * seen
+        flops["retrieval"] = H * 2.0 * products * R / G
+    total = {part: config.blocks * n for part, n in flops.items()}
+    total["head"] = 2.0 * D * (config.vocab_size or 0)
+    return total
+
+
+def _shapes(config: ModelConfig) -> tuple[tuple[int, int], ...]:
+    spec = MemorySpec(depth=config.memory.depth, expansion=config.memory.expansion)
+    return spec.shapes(config.head_width)
