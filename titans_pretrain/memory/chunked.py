@@ -126,7 +126,8 @@ class _ChunkedMemory(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         spec, plan, layers = ctx.spec, ctx.plan, ctx.spec.depth
-        tensors, boundaries = ctx.saved_tensors[: ctx.given], ctx.saved_tensors[ctx.given :]
+        saved = ctx.saved_tensors  # once: under block recompute a second look is an error
+        tensors, boundaries = saved[: ctx.given], saved[ctx.given :]
         with torch.autocast(tensors[0].device.type, enabled=False):
             problem, weights, momentum, anchor = _unflatten(spec, plan, tensors)
             dy, *d_out = upstream
