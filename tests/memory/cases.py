@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ class Case:
     leaves: dict[str, Tensor]
     positions: Tensor | None = None
     seed: int = 0
-    extras: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self, memory: Memory) -> tuple[Tensor, MemoryState]:
         x, layers = self.leaves, range(self.spec.depth)
@@ -88,7 +87,7 @@ def make_case(
 ) -> Case:
     """q, k of unit norm, Xavier weights, gates "hot" (alpha < .2, eta < .95) or "initial".
 
-    theta lies within (1 - eta) / C, the stable range of MATH.md, section 7, so that "hot" gates
+    theta lies within min(1/16, (1 - eta) / C), the stable range of MATH.md, section 7: "hot" gates
     make the memory matter without making rounding matter. "initial": alpha, eta, theta as a layer
     is initialised.
     """
@@ -108,7 +107,7 @@ def make_case(
         token = (rows, heads, tokens)
         if gates == "hot":
             eta = 0.95 * uniform(*token)
-            limit = (1 - eta) / spec.chunk
+            limit = ((1 - eta) / spec.chunk).clamp(max=1 / 16)
             theta, alpha = limit * (0.5 + 0.5 * uniform(*token)), 0.2 * uniform(*token)
         else:
             eta = 0.6 + 0.02 * normal(*token).clamp(-3, 3)
@@ -147,5 +146,62 @@ def gaps(mine: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
     return {name: spread(mine[name], other[name]) for name in other}
 
 
-def rows_of_positions(rows: Sequence[Sequence[int]]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int64)
+def random_positions(
+    rows: int, tokens: int, chunk: int, seed: int, *, carried: bool, pads: bool = True
+) -> Tensor:
+    """Documents of random lengths, pads anywhere; with `carried` most rows go on from a state."""
+    g = torch.Generator().manual_seed(seed + 17)
+
+    def below(n: int) -> int:
+        return int(torch.randint(n, (), generator=g))
+
+    out = torch.full((rows, tokens), -1, dtype=torch.int64)
+    for n in range(rows):
+        if pads and n and below(12) == 0:
+            continue  # a row without a token (never the first)
+        at = below(3 * chunk) if carried and below(4) else 0
+        for t in range(tokens):
+            if pads and below(10) == 0:
+                continue
+            if t and below(2 * chunk + 4) == 0:
+                at = 0
+            out[n, t] = at
+            at += 1
+    return out
+
+
+def nudged(case: Case) -> Case:
+    """Every leaf moved by a relative 1e-15 either way: what rounding alone may do."""
+    g = torch.Generator().manual_seed(case.seed + 2)
+    leaves = {}
+    for name, x in case.leaves.items():
+        sign = (torch.randint(0, 2, x.shape, generator=g) * 2 - 1).to(x.dtype)
+        leaves[name] = x * (1 + 1e-15 * sign)
+    return replace(case, leaves=leaves)
+
+
+def check_parity(case: Case, memory: Memory, oracle: Memory) -> list[str]:
+    """Asserts that `memory` is `oracle` on this case, within 1e-10 on every result.
+
+    Where the oracle itself moves by more than 3e-12 under `nudged`, 30 times that movement is
+    allowed instead. Returns the results that needed it.
+    """
+    other = case.results(oracle)
+    found = gaps(case.results(memory), other)
+    wide = [name for name, gap in found.items() if not gap <= 1e-10]
+    if wide:
+        moved = gaps(nudged(case).results(oracle), other)
+        for name in wide:
+            allowed = 30 * moved[name] if moved[name] > 3e-12 else 1e-10
+            assert found[name] <= allowed, (
+                f"{name}: {found[name]:.2e} apart, {allowed:.2e} allowed; oracle moves by "
+                f"{moved[name]:.2e}; {case.spec}, seed {case.seed}, positions {case.positions}"
+            )
+    return wide
+
+
+def influence(case: Case, memory: Memory) -> float:
+    """How far y moves, relatively, if the memory learns nothing."""
+    still = {n: torch.zeros_like(x) if n.startswith("theta") else x for n, x in case.leaves.items()}
+    with torch.no_grad():
+        return spread(replace(case, leaves=still).run(memory)[0], case.run(memory)[0])

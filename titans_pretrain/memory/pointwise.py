@@ -36,9 +36,8 @@ def curvature(x: Tensor, kind: str) -> Tensor:
 
 def standardize(x: Tensor) -> tuple[Tensor, Tensor]:
     """(x - mean) * rstd with the biased variance, and rstd [.., 1]; (26)."""
-    variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
-    rstd = (variance + LAYER_NORM_EPS).rsqrt()
-    return (x - mean) * rstd, rstd
+    xhat, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, LAYER_NORM_EPS)
+    return xhat, rstd
 
 
 def standardize_transpose(u: Tensor, xhat: Tensor, rstd: Tensor) -> Tensor:
