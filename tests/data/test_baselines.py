@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.data.oracle import data_config
 from titans_pretrain import cli
 from titans_pretrain.data import baselines as module
-from titans_pretrain.data.baselines import baselines
+from titans_pretrain.data.baselines import baselines, fit_baselines
 from titans_pretrain.data.manifest import load_manifest
+from titans_pretrain.data.stream import validation_batches
 from titans_pretrain.errors import DataError
 from titans_pretrain.run.folder import RunFolder
 from titans_pretrain.run.metrics import Metrics
@@ -48,33 +50,58 @@ def _documents(folder, split):
                 tokens = tokens[length:]
 
 
-def test_losses_are_those_of_plain_counting(folder, monkeypatch):
-    monkeypatch.setattr(module, "_ROW", 64)  # documents cut at the ends of rows too
+@pytest.mark.parametrize("length", [64, 4096])  # documents cut at the ends of rows, or whole
+def test_losses_are_those_of_plain_counting(folder, length):
     vocabulary = load_manifest(folder).vocab_size
-    single, pair, context = Counter(), Counter(), Counter()
-    for document in _documents(folder, "train"):
-        for a, b in pairwise(document):
-            single[b] += 1
-            pair[a, b] += 1
-            context[a] += 1
-    total = sum(single.values()) + vocabulary
+    documents = list(_documents(folder, "train"))
     asked = [p for d in _documents(folder, "validation") for p in pairwise(d)]
     assert len(asked) > 200
 
-    def one(b):
-        return (single[b] + 1) / total
+    def count(chosen):
+        pair = Counter(p for d in chosen for p in pairwise(d))
+        context, single = Counter(), Counter()
+        for (a, b), n in pair.items():
+            context[a] += n
+            single[b] += n
+        total = sum(pair.values())
 
-    def loss(m):
-        terms = [math.log((pair[a, b] + m * one(b)) / (context[a] + m)) for a, b in asked]
-        return -sum(terms) / len(terms)
+        def parts(a, b):
+            bigram = pair[a, b] / context[a] if context[a] else 0.0
+            return bigram, single[b] / total, 1 / vocabulary
 
+        return parts, single, total
+
+    first, _, _ = count([d for n, d in enumerate(documents) if n % 20 != 19])
+    held_in = [p for n, d in enumerate(documents) if n % 20 == 19 for p in pairwise(d)]
+    weights = [1 / 3] * 3
+    for _ in range(module.STEPS):
+        gained = [0.0] * 3
+        for a, b in held_in:
+            shares = [w * p for w, p in zip(weights, first(a, b))]
+            gained = [g + s / sum(shares) for g, s in zip(gained, shares)]
+        weights = [g / len(held_in) for g in gained]
+
+    weights = [max(w, 1e-6) for w in weights]
+    weights = [w / sum(weights) for w in weights]
+    parts, single, total = count(documents)
+    mixed = [sum(w * p for w, p in zip(weights, parts(a, b))) for a, b in asked]
     expected = {
-        "unigram": -sum(math.log(one(b)) for _, b in asked) / len(asked),
-        "bigram": min(loss(m) for m in module.STRENGTHS),
+        "unigram": -sum(math.log((single[b] + 1) / (total + vocabulary)) for _, b in asked),
+        "bigram": -sum(math.log(p) for p in mixed),
     }
-    found = baselines(folder)
-    assert found == pytest.approx(expected, rel=1e-12)
-    assert found["bigram"] < found["unigram"] < math.log(vocabulary)
+    found = fit_baselines(folder, sequence_length=length)
+    assert found.labels == len(asked)
+    assert found.weights == pytest.approx(weights, rel=1e-9)
+    assert found.unigram == pytest.approx(expected["unigram"] / len(asked), rel=1e-12)
+    assert found.bigram == pytest.approx(expected["bigram"] / len(asked), rel=1e-9)
+    assert found.bigram < found.unigram < math.log(vocabulary)
+
+
+def test_judged_on_the_labels_that_the_validation_stream_counts(folder):
+    labels = 0
+    for batch in validation_batches(data_config(folder), micro_batch=2, align=16, rows=3):
+        labels += int(batch.loss_mask.sum())
+    assert fit_baselines(folder, sequence_length=64, align=16, rows=3).labels == labels > 100
 
 
 def test_the_limit_bounds_what_is_counted(folder):

@@ -1,76 +1,156 @@
-"""What a model must beat: unigram and bigram losses on a prepared folder's validation split.
+"""What counting alone achieves on the validation split: a unigram and an interpolated bigram.
 
-Counts come from the train split (its first `limit` labels), over the very labels that a model is
-trained on. With c the counts, N their sum, V the vocabulary and b following a:
+A language model that has learned anything lies below both. The bigram mixes three estimates,
 
-    P1(b)   = (c(b) + 1) / (N + V)
-    P(b|a)  = (c(a, b) + m P1(b)) / (c(a) + m)          Dirichlet smoothing
+    p(next | token) = w_2 c(token, next) / c(token) + w_1 c(next) / N + w_0 / V,
 
-m is the one of `STRENGTHS` that suits the validation split best, which favours the baseline.
+with counts c of the train split (N in all, V pieces) and weights by expectation maximisation on
+training documents left out of a first count (Jelinek and Mercer, 1980). The unigram is
+(c(next) + 1) / (N + V). Both are judged on exactly the labels that the validation stream counts,
+each given the token before it; pads never enter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from titans_pretrain.data.manifest import Manifest, load_manifest
+from titans_pretrain.data.order import validation_blocks
 from titans_pretrain.data.shards import BlockReader
 
-STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-_ROW = 1 << 16  # tokens read at a time
+HELD_IN = 20  # every 20th training document fits the weights
+STEPS = 100  # of expectation maximisation
+LIMIT = 20_000_000  # training labels counted, validation labels judged
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-def baselines(folder: str | Path, limit: int = 20_000_000) -> dict[str, float]:
-    """{"unigram": loss, "bigram": loss}: nats a label of the validation split.
+@dataclass(frozen=True)
+class Baselines:
+    """Nats per token on the validation labels."""
 
-    Reads at most `limit` labels of each split. Raises DataError for a folder that is not whole.
+    unigram: float
+    bigram: float
+    weights: tuple[float, float, float]  # bigram, unigram, uniform
+    labels: int
+
+
+def baselines(folder: str | Path, limit: int = LIMIT) -> dict[str, float]:
+    """{"unigram": loss, "bigram": loss}: nats a label of the whole validation split.
+
+    Reads about `limit` labels of each split at most. Raises DataError for a folder not whole.
     """
+    found = fit_baselines(folder, limit=limit)
+    return {"unigram": found.unigram, "bigram": found.bigram}
+
+
+def fit_baselines(
+    folder: str | Path,
+    *,
+    sequence_length: int = 4096,
+    align: int = 1,
+    rows: int = 0,
+    limit: int = LIMIT,
+) -> Baselines:
+    """Both baselines on the validation rows that a run of this sequence length and alignment
+    reads (`rows` of them, 0: all). Raises DataError for a folder not whole."""
     manifest = load_manifest(folder)
-    vocabulary = manifest.vocab_size
-    before, label = _pairs(manifest, "train", limit)
-    asked_before, asked = _pairs(manifest, "validation", limit)
+    vocab = manifest.vocab_size
+    most, held_in = _count(manifest, limit)
+    weights = _fit(most.components(held_in.pairs // vocab, held_in.pairs % vocab), held_in)
+    everything = _merge([(c.pairs, c.counts) for c in (most, held_in)], vocab)
+    # The unigram, too, must give unseen tokens a share: add-one counts.
+    unigram = (everything.after + 1) / (everything.total + vocab)
 
-    one = (np.bincount(label, minlength=vocabulary) + 1.0) / (len(label) + vocabulary)
-    contexts = np.bincount(before, minlength=vocabulary)[asked_before].astype(np.float64)
-    pairs = _occurrences(before * vocabulary + label, asked_before * vocabulary + asked)
-    bigram = min(
-        float(-np.log((pairs + m * one[asked]) / (contexts + m)).mean()) for m in STRENGTHS
-    )
-    return {"unigram": float(-np.log(one[asked]).mean()), "bigram": bigram}
-
-
-def _occurrences(keys: Ints, asked: Ints) -> Floats:
-    """How often each of `asked` occurs in `keys`."""
-    known, counts = np.unique(keys, return_counts=True)
-    place = np.minimum(np.searchsorted(known, asked), len(known) - 1)
-    return np.where(known[place] == asked, counts[place], 0).astype(np.float64)
-
-
-def _pairs(manifest: Manifest, split: str, limit: int) -> tuple[Ints, Ints]:
-    """Each counted label of the split, up to `limit`, and the token before it."""
-    parts = list(_blocks(manifest, split, limit))
-    before = np.concatenate([b for b, _ in parts])[:limit]
-    return before, np.concatenate([a for _, a in parts])[:limit]
+    nats, labels = np.zeros(2), 0
+    for before, after in _asked(manifest, sequence_length, align, rows):
+        mixed = weights @ everything.components(before, after)
+        nats -= np.log(unigram[after]).sum(), np.log(mixed).sum()
+        labels += len(after)
+        if labels >= limit:
+            break
+    uni, bi = (nats / max(labels, 1)).tolist()
+    w2, w1, w0 = weights.tolist()
+    return Baselines(uni, bi, (w2, w1, w0), labels)
 
 
-def _blocks(manifest: Manifest, split: str, limit: int) -> Iterator[tuple[Ints, Ints]]:
-    reader = BlockReader(manifest, split, _ROW, 1)
-    found = 0
-    for shard, blocks in enumerate(reader.blocks.tolist()):
-        for block in range(blocks):
-            tokens, labels = np.zeros((2, _ROW), np.int64)
-            positions, mask = np.full(_ROW, -1), np.zeros(_ROW, bool)
-            reader.read(shard, block, tokens, labels, positions, mask)
-            yield tokens[mask], labels[mask]
-            found += int(mask.sum())
-            if found >= limit:
-                reader.close()
-                return
+class _Counts:
+    """How often each pair (token, next token) occurs; pairs are token * V + next, ascending."""
+
+    def __init__(self, pairs: Ints, counts: Ints, vocab: int) -> None:
+        self.pairs, self.counts, self.vocab = pairs, counts, vocab
+        self.before = np.bincount(pairs // vocab, counts, vocab)
+        self.after = np.bincount(pairs % vocab, counts, vocab)
+        self.total = float(counts.sum())
+
+    def components(self, before: Ints, after: Ints) -> Floats:
+        """[3, n]: the bigram, unigram and uniform probability of each pair."""
+        wanted = before * self.vocab + after
+        place = np.minimum(np.searchsorted(self.pairs, wanted), len(self.pairs) - 1)
+        found = np.where(self.pairs[place] == wanted, self.counts[place], 0)
+        seen = self.before[before]
+        bigram = np.divide(found, seen, out=np.zeros(len(wanted)), where=seen > 0)
+        uniform = np.full(len(wanted), 1 / self.vocab)
+        return np.stack([bigram, self.after[after] / self.total, uniform])
+
+
+def _fit(components: Floats, held_in: _Counts) -> Floats:
+    """Weights [3] that make the held-in pairs most likely."""
+    weights = np.full(3, 1 / 3)
+    for _ in range(STEPS):
+        share = weights[:, None] * components
+        share /= share.sum(axis=0)
+        weights = (share * held_in.counts).sum(axis=1) / held_in.total
+    # Never exactly zero: a pair unknown to all counts keeps a probability.
+    weights = np.maximum(weights, 1e-6)
+    return weights / weights.sum()
+
+
+def _count(manifest: Manifest, limit: int) -> tuple[_Counts, _Counts]:
+    """Pairs inside the training documents: (of most, of every HELD_IN-th)."""
+    vocab = manifest.vocab_size
+    most: list[tuple[Ints, Ints]] = []
+    rest: list[tuple[Ints, Ints]] = []
+    documents = labels = 0
+    reader = BlockReader(manifest, "train", 1, 1)
+    few = reader.split.documents < HELD_IN
+    for member in range(len(reader.split.members)):
+        tokens, lengths = reader.member(member)
+        number = np.repeat(np.arange(documents, documents + len(lengths)), lengths)
+        inside = (number[1:] == number[:-1]) & (np.arange(labels, labels + len(tokens) - 1) < limit)
+        # Of a handful of documents none can be spared: leave out stretches of text.
+        part = np.arange(len(tokens) - 1) // 100 if few else number[1:]
+        held = part % HELD_IN == HELD_IN - 1
+        pairs = tokens[:-1] * vocab + tokens[1:]
+        most.append(np.unique(pairs[inside & ~held], return_counts=True))
+        rest.append(np.unique(pairs[inside & held], return_counts=True))
+        documents, labels = documents + len(lengths), labels + len(tokens)
+        if labels >= limit:
+            break
+    reader.close()
+    if not any(len(pairs) for pairs, _ in rest):  # a text this short fits itself
+        rest = most
+    return _merge(most, vocab), _merge(rest, vocab)
+
+
+def _merge(parts: list[tuple[Ints, Ints]], vocab: int) -> _Counts:
+    pairs, place = np.unique(np.concatenate([p for p, _ in parts]), return_inverse=True)
+    counts = np.bincount(place, np.concatenate([c for _, c in parts]), len(pairs))
+    return _Counts(pairs, counts.astype(np.int64), vocab)
+
+
+def _asked(manifest: Manifest, length: int, align: int, rows: int) -> Iterator[tuple[Ints, Ints]]:
+    """(token before, label) of each label that the validation stream counts, row by row."""
+    reader = BlockReader(manifest, "validation", length, align)
+    for shard, block in zip(*validation_blocks(reader.blocks, rows, manifest.hash)):
+        tokens, labels = np.zeros((2, length), np.int64)
+        positions, mask = np.full(length, -1), np.zeros(length, bool)
+        reader.read(int(shard), int(block), tokens, labels, positions, mask)
+        yield tokens[mask], labels[mask]
     reader.close()

@@ -131,3 +131,16 @@ def take(next_sample: int, count: int, skips: list[tuple[int, int]]) -> tuple[In
         if stop is not None:
             next_sample = max(next_sample, stop)
     return np.concatenate(taken), next_sample
+
+
+def validation_blocks(blocks: ArrayLike, rows: int, key: str) -> tuple[Ints, Ints]:
+    """(shard, block) of the rows that a validation reads: all, or `rows` > 0 of them chosen by
+    `key` alone, in the manifest's order."""
+    blocks = np.asarray(blocks, dtype=np.int64)
+    ends = np.cumsum(blocks)
+    total = int(ends[-1])
+    chosen = np.arange(total)
+    if 0 < rows < total:
+        chosen = np.sort(permute(np.arange(rows), total, f"{key}:validation"))
+    shards = np.searchsorted(ends, chosen, side="right")
+    return shards, chosen - (ends - blocks)[shards]

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from titans_pretrain.config import DataConfig
 from titans_pretrain.data.batch import Batch, batch_hash, concatenate
 from titans_pretrain.data.manifest import Manifest, load_manifest
-from titans_pretrain.data.order import Order, permute, take
+from titans_pretrain.data.order import Order, take, validation_blocks
 from titans_pretrain.data.shards import BlockReader
 from titans_pretrain.errors import ConfigError, DataError, NodeError, TitansError
 
@@ -195,7 +195,7 @@ class TrainStream:
         for _, after in self._plan(state):
             try:
                 read = next(rows)
-            except RuntimeError as e:
+            except (RuntimeError, OSError, EOFError) as e:
                 raise NodeError(
                     f"data worker: {e}",
                     "loader processes live as long as the run",
@@ -258,17 +258,13 @@ def validation_batches(
     """
     manifest = manifest or load_manifest(_folder(data))
     reader = BlockReader(manifest, "validation", data.sequence_length, align, vocab_size)
-    ends = np.cumsum(reader.blocks)
-    total = int(ends[-1])
-    chosen = np.arange(total)
-    if 0 < rows < total:
-        chosen = np.sort(permute(np.arange(rows), total, f"{manifest.hash}:validation"))
+    shards, blocks = validation_blocks(reader.blocks, rows, manifest.hash)
     step = dp_size * micro_batch
-    samples = np.full(-(-len(chosen) // step) * step, -1, np.int64)
-    samples[: len(chosen)] = chosen
-    for begin in range(0, len(samples), step):
-        mine = samples[begin + dp_rank * micro_batch :][:micro_batch]
-        shards = np.searchsorted(ends, mine, side="right")
-        blocks = mine - (ends - reader.blocks)[shards]
-        yield _batches(_read(reader, mine, shards, blocks), micro_batch)[0]
+    missing = -len(shards) % step
+    samples = np.concatenate([np.arange(len(shards)), np.full(missing, -1)])
+    shards, blocks = (np.pad(a, (0, missing)) for a in (shards, blocks))
+    for begin in range(dp_rank * micro_batch, len(samples), step):
+        mine = slice(begin, begin + micro_batch)
+        read = _read(reader, samples[mine], shards[mine], blocks[mine])
+        yield _batches(read, micro_batch)[0]
     reader.close()
