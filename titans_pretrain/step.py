@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,7 +116,7 @@ class TrainStep:
         }
         return StepReport(loss, tokens, norm, lr, by_source, stops > 0, seconds)
 
-    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """(nats a label, labels) over all ranks' batches; every rank passes equally many."""
         self.model.eval()
         nats = labels = 0.0

@@ -22,7 +22,7 @@ def install() -> None:
     if torch.cuda.is_available():
         return
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda device=None: None
 
 
 class _CudaLiteralToCpu(TorchFunctionMode):

@@ -39,7 +39,7 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.token_loss = model, token_loss
-        # The schedules read their own switches from a TransformerConfig; its sizes say nothing here.
+        # Megatron reads its schedule switches from a TransformerConfig; its sizes mean nothing.
         self.config = TransformerConfig(
             num_layers=1,
             hidden_size=1,

@@ -207,8 +207,8 @@ def load_weights(found: Found, model: dict[str, Any], fragments: Sequence[Fragme
 
 
 def _same_model(found: Found, model: dict[str, Any]) -> None:
-    saved = _flatten(found.state["config"]["model"])
-    ours = _flatten(model)
+    saved = flatten(found.state["config"]["model"])
+    ours = flatten(model)
     different = [
         f"model.{k}: {saved.get(k)!r} in the checkpoint, {ours.get(k)!r} here"
         for k in sorted(saved.keys() | ours.keys())
@@ -222,11 +222,12 @@ def _same_model(found: Found, model: dict[str, Any]) -> None:
         )
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": c}} -> {"a.b": c}"""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= (
-            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         )
     return flat
 

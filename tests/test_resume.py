@@ -1,0 +1,189 @@
+"""An interrupted run is the uninterrupted one, bitwise: weights, moments, losses, next batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.prepared import small_dataset, small_run, write_config
+from tests.worlds import run_world
+from titans_pretrain.config import parse_config
+from titans_pretrain.data.stream import TrainStream, batch_hash
+from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED
+from titans_pretrain.run import checkpoint
+from titans_pretrain.run.metrics import read_records
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_dataset(tmp_path_factory.mktemp("prepared"))
+
+
+def train(tree: dict[str, Any], stop_after: int | None = None, kill_at: int = 0) -> int:
+    """One life of a run on this rank; with `kill_at`, a real SIGTERM once that step is logged."""
+    from titans_pretrain.train import run_training
+
+    if kill_at:
+        metrics = Path(tree["folder"]) / "metrics.jsonl"
+
+        def send() -> None:
+            while not metrics.exists() or f'"step": {kill_at},' not in metrics.read_text():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=send, daemon=True).start()
+    return run_training(parse_config(tree, "test"), stop_after=stop_after)
+
+
+def content(folder: str) -> str:
+    checkpoints = Path(folder) / "checkpoints"
+    return checkpoint.content_sha256(
+        checkpoint.folder_of(checkpoints, checkpoint.list_steps(checkpoints)[-1])
+    )
+
+
+def curve(folder: str) -> list[tuple[int, float, float, float | None]]:
+    records = read_records(Path(folder) / "metrics.jsonl")
+    return [
+        (
+            r["step"],
+            r["values"]["train/loss"],
+            r["values"]["train/grad_norm"],
+            r["values"].get("validation/loss"),
+        )
+        for r in records
+    ]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_100_steps_equal_37_and_63(ranks: int, precision: str, data: Path, tmp_path: Path) -> None:
+    def tree(name: str) -> dict[str, Any]:
+        return small_run(tmp_path / name, data, train__precision=precision)
+
+    whole, parts, signalled = tree("whole"), tree("parts"), tree("signalled")
+    assert run_world(train, ranks, whole) == [EXIT_DONE] * ranks
+    assert run_world(train, ranks, parts, 37) == [EXIT_SAVED] * ranks
+    first = checkpoint.list_steps(Path(parts["folder"]) / "checkpoints")
+    assert first == [37]
+    assert run_world(train, ranks, parts) == [EXIT_DONE] * ranks
+    # Only one rank is told: all leave together.
+    assert run_world(train, ranks, signalled, None, 20) == [EXIT_SAVED] * ranks
+    (stopped,) = checkpoint.list_steps(Path(signalled["folder"]) / "checkpoints")
+    assert 20 <= stopped < 90
+    assert run_world(train, ranks, signalled) == [EXIT_DONE] * ranks
+
+    expected = curve(whole["folder"])
+    assert [step for step, *_ in expected] == list(range(1, 101))
+    assert expected[99][1] < expected[0][1] - 0.5, "the model learns"
+    assert expected[49][3] is not None
+    for other in (parts, signalled):
+        assert curve(other["folder"]) == expected
+        assert content(other["folder"]) == content(whole["folder"])
+
+
+def test_what_the_bitwise_test_crosses(data: Path) -> None:
+    """Accumulation above 1, shard edges and cut documents lie within the 100 steps."""
+    config = parse_config(small_run(Path("unused"), data), "test")
+    stream = TrainStream(config.data, global_batch=8, micro_batch=2, align=16)
+    assert len(stream.manifest.splits["train"].shards) > 2
+    assert stream.samples_per_epoch < 800  # more than one epoch, so every edge was crossed
+    batches = stream.batches(stream.start())
+    micro_batches, state = next(batches)
+    assert len(micro_batches) == 4 and state["next_sample"] == 8
+    cut = 0
+    for _ in range(99):
+        for batch in micro_batches:
+            # The row's last token has a label beyond the row: its document was cut there.
+            cut += int(batch.loss_mask[:, -1].sum())
+        micro_batches, state = next(batches)
+    assert cut > 100
+    again, _ = next(stream.batches(state))
+    assert batch_hash(again) == batch_hash(next(batches)[0])
+    batches.close()
+
+
+def command(config: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "titans_pretrain", "train", str(config), *arguments]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signals_to_the_launcher_save_and_leave_with_75(
+    number: int, data: Path, tmp_path: Path
+) -> None:
+    tree = small_run(tmp_path / "run", data, train__steps=100_000)
+    config = write_config(tmp_path / "config.yaml", tree)
+    process = subprocess.Popen(
+        command(config, "--ranks", "2"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    end = time.monotonic() + 90
+    while time.monotonic() < end and not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[0]
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_SAVED, output
+    (step,) = checkpoint.list_steps(tmp_path / "run" / "checkpoints")
+    steps = [r["step"] for r in read_records(metrics)]
+    assert steps == list(range(1, step + 1))
+    assert f"saved at step {step} on request" in output
+
+
+@pytest.mark.slow
+def test_kill_9_then_the_same_command_goes_on(data: Path, tmp_path: Path) -> None:
+    whole = small_run(tmp_path / "whole", data, train__steps=60)
+    tree = small_run(tmp_path / "run", data, train__steps=60, checkpoint__every_steps=10)
+    assert run_world(train, 1, whole) == [EXIT_DONE]
+    config = write_config(tmp_path / "config.yaml", tree)
+    process = subprocess.Popen(command(config), stdout=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    end = time.monotonic() + 90
+    while time.monotonic() < end and not (
+        metrics.exists() and '"step": 23,' in metrics.read_text()
+    ):
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.kill()
+    process.communicate(timeout=60)
+    done = subprocess.run(command(config), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == EXIT_DONE, done.stderr
+    assert curve(tree["folder"]) == [
+        (*r[:3], e[3]) for r, e in zip(curve(whole["folder"]), curve(tree["folder"]), strict=True)
+    ]
+    assert content(tree["folder"]) == content(whole["folder"])
+    lives = json.loads(
+        (tmp_path / "run" / "checkpoints" / "step-00000060" / "state.json").read_text()
+    )
+    assert lives["life"] == 2
+
+
+def init_from(tree: dict[str, Any], source: str) -> int:
+    from titans_pretrain.train import run_training
+
+    return run_training(parse_config(tree, "test"), init_from=source, stop_after=1)
+
+
+def test_init_from_takes_weights_alone(data: Path, tmp_path: Path) -> None:
+    first = small_run(tmp_path / "first", data, train__steps=30)
+    assert run_world(train, 1, first) == [EXIT_DONE]
+    source = checkpoint.folder_of(tmp_path / "first" / "checkpoints", 30)
+    second = small_run(tmp_path / "second", data, train__steps=30, data__seed=5, optim__lr=1e-3)
+    assert run_world(init_from, 2, second, str(source)) == [EXIT_SAVED] * 2
+    (step, loss, _, _), *_ = curve(second["folder"])
+    assert step == 1
+    assert loss < curve(first["folder"])[0][1] - 0.5, "starts with the trained weights"
+    state = json.loads(
+        (tmp_path / "second" / "checkpoints" / "step-00000001" / "state.json").read_text()
+    )
+    assert state["data"]["next_sample"] == 8 and state["data"]["seed"] == 5

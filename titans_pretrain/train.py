@@ -1,0 +1,338 @@
+"""The story of a run, top to bottom: prepare, resume, then step after step, save and leave."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from titans_pretrain.config import RunConfig, dump_config
+from titans_pretrain.data.batch import Batch
+from titans_pretrain.data.stream import TrainStream, validation_batches
+from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED, ConfigError, NodeError, TitansError
+from titans_pretrain.parallel.layout import plan_layout
+from titans_pretrain.parallel.world import World, start_world
+from titans_pretrain.run import checkpoint
+from titans_pretrain.run.console import open_log
+from titans_pretrain.run.folder import RunFolder
+from titans_pretrain.run.signals import stop_request
+from titans_pretrain.step import TrainStep
+from titans_pretrain.watch import Watch
+
+log = logging.getLogger("titans_pretrain.train")
+
+VERSIONED = ("torch", "deepspeed", "megatron-core", "numpy", "webdataset", "sentencepiece")
+
+
+@dataclass(frozen=True)
+class Progressed:
+    """How far a run has come; what a checkpoint holds beside tensors."""
+
+    step: int  # optimizer steps done
+    tokens: int  # labels trained on
+    data: dict[str, Any]  # the stream's state: what the next step reads
+    validation_loss: float | None = None  # measured at this very step
+
+
+def run_training(
+    config: RunConfig, *, stop_after: int | None = None, init_from: str | None = None
+) -> int:
+    """Trains, or continues, the run of `config` on this rank; returns its exit code.
+
+    Args:
+        stop_after: save and leave after so many steps of this start, the schedule unchanged.
+        init_from: a checkpoint folder whose weights a new run starts from.
+    Raises:
+        TitansError: the same kind on every rank.
+    """
+    with stop_request() as stop, contextlib.ExitStack() as leaving:
+        world = start_world(config.train)
+        leaving.callback(world.shut_down)
+        layout = plan_layout(config, world.size)
+        stream = world.agree(lambda: open_stream(config, world))
+        config = with_vocabulary(config, stream)
+        home = take_folder(config, world, leaving)
+        step = TrainStep(config, layout, world)
+        at = resume(config, home.folder, world, step, stream, init_from)
+        watch = world.agree(lambda: Watch(config, home.folder, world, leaving, at.step, at.tokens))
+        announce(config, world, step, stream, at, home.life)
+
+        last = min(config.train.steps, at.step + stop_after if stop_after else math.inf)
+        saved_time = time.monotonic()
+        batches = world.agree(lambda: stream.batches(at.data))
+        leaving.callback(batches.close)
+        stopping = False
+        while at.step < last and not stopping:
+            began = time.perf_counter()
+            micro_batches, data = fetch(world, batches)
+            waited = time.perf_counter() - began
+            with watch.memory(at.step + 1):
+                report = step(micro_batches, at.step + 1)
+            at = Progressed(at.step + 1, at.tokens + report.tokens, data)
+            if due(at.step, config.validation.every, config.train.steps):
+                at = replace(at, validation_loss=validate(config, world, step, stream))
+            minutes = (time.monotonic() - saved_time) / 60
+            timed = config.checkpoint.every_minutes and minutes >= config.checkpoint.every_minutes
+            trouble = watch.record(at, report, time.perf_counter() - began, waited)
+            stopping, timed = agree_to_go_on(world, trouble, stop.requested, bool(timed))
+            leave = stopping or at.step >= last
+            if leave or timed or due(at.step, config.checkpoint.every_steps, 0):
+                save(config, home, world, step, at, watch)
+                saved_time = time.monotonic()
+        if at.step < config.train.steps:
+            reason = stop.reason or ("another rank's request" if stopping else "--stop-after")
+            log.info("saved at step %d on request (%s); to be continued", at.step, reason)
+            return EXIT_SAVED
+        log.info("done: %d steps, %s tokens", at.step, f"{at.tokens:,}")
+        return EXIT_DONE
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every so many steps, and at `last`, happens at `step`."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def open_stream(config: RunConfig, world: World) -> TrainStream:
+    return TrainStream(
+        config.data,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        align=config.model.alignment,
+        dp_rank=world.rank,
+        dp_size=world.size,
+        vocab_size=config.model.vocab_size,
+    )
+
+
+def with_vocabulary(config: RunConfig, stream: TrainStream) -> RunConfig:
+    """`config` with the vocabulary's size resolved from the data."""
+    have, need = config.model.vocab_size, stream.manifest.vocab_size
+    if have is not None and have < need:
+        raise ConfigError(
+            f"model.vocab_size={have}, the tokenizer of the data has {need} pieces",
+            "every token has a row in the embedding",
+            f"set model.vocab_size={need}, or leave it out",
+        )
+    return config.model_copy(
+        update={"model": config.model.model_copy(update={"vocab_size": have or need})}
+    )
+
+
+@dataclass(frozen=True)
+class Home:
+    """The run folder as this life holds it."""
+
+    folder: RunFolder
+    life: int
+    require_mine: Callable[[], None]  # raises, on rank 0, if a newer life holds the folder
+
+
+def take_folder(config: RunConfig, world: World, leaving: contextlib.ExitStack) -> Home:
+    """Collective. Rank 0 locks the run folder for this life; each rank opens its log."""
+    folder = RunFolder(config.folder)
+    require_mine: Callable[[], None] = _nothing
+
+    def take() -> int:
+        nonlocal require_mine
+        lock = leaving.enter_context(folder.take())
+        require_mine = lock.require_mine
+        folder.write_config(dump_config(config))
+        checkpoint.clean(folder.checkpoints)
+        return lock.life
+
+    life = world.only_first(take)
+    world.agree(lambda: open_log(folder, world.rank) and None)
+    return Home(folder, life, require_mine)
+
+
+def _nothing() -> None:
+    return None
+
+
+def resume(
+    config: RunConfig,
+    folder: RunFolder,
+    world: World,
+    step: TrainStep,
+    stream: TrainStream,
+    init_from: str | None,
+) -> Progressed:
+    """Loads the newest undamaged checkpoint, or the weights of `init_from`, or starts afresh."""
+    model = config.model.model_dump(mode="json")
+    fragments = step.optimizer.fragments()
+    found = checkpoint.find_latest(folder.checkpoints, world, log.warning)
+    if found is None:
+        if init_from is not None:
+            source = checkpoint.Found(Path(init_from), checkpoint.verify(Path(init_from), world))
+            world.agree(lambda: checkpoint.load_weights(source, model, fragments))
+            step.optimizer.weights_loaded(0)
+            log.info("weights of %s (step %d); step 0 of a new run", init_from, source.step)
+        return Progressed(0, 0, stream.start())
+    if init_from is not None:
+        log.info("the run has checkpoints of its own: --init-from %s not used", init_from)
+    state = found.state
+    data, changes = world.agree(lambda: stream.load_state(state["data"]))
+    for change in changes:
+        log.warning("data.allow_changed: going on with changed data: %s", change)
+    tensors = random_state()
+    world.agree(lambda: checkpoint.load(found, model, fragments, tensors))
+    torch.set_rng_state(tensors["rng/cpu"])
+    step.optimizer.weights_loaded(found.step)
+    tell_differences(config, world, state)
+    log.info("resumed from %s", found.folder)
+    return Progressed(found.step, state["tokens"], data)
+
+
+def tell_differences(config: RunConfig, world: World, state: dict[str, Any]) -> None:
+    """Warns of what keeps a resumed run from being bitwise the uninterrupted one."""
+    now = {"ranks": world.size, "threads": world.threads, "versions": versions()}
+    for key, value in now.items():
+        if state[key] != value:
+            log.warning(
+                "%s were %s, are %s: the run goes on, but not bitwise", key, state[key], value
+            )
+    before, after = (
+        dict(checkpoint.flatten({k: v for k, v in tree.items() if k in TRAINING}))
+        for tree in (state["config"], config.model_dump(mode="json"))
+    )
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            log.warning("%s was %s, is %s", key, before.get(key), after.get(key))
+
+
+TRAINING = ("optim", "train")  # sections whose change alters the training that follows
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """The generator state that all ranks share (parameters and data have their own seeds)."""
+    return {"rng/cpu": torch.get_rng_state()}
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: version(name) for name in VERSIONED}
+
+
+def fetch(
+    world: World, batches: Iterator[tuple[list[Batch], dict[str, Any]]]
+) -> tuple[list[Batch], dict[str, Any]]:
+    """The next step's micro-batches of this rank; a data error stops every rank."""
+    failure: TitansError | None = None
+    got: Any = None
+    try:
+        got = next(batches)
+    except TitansError as e:
+        failure = e
+    if any(world.max([float(failure is not None)])):
+        world.agree(lambda: _fail(failure))
+    return got
+
+
+def _fail(failure: TitansError | None) -> None:
+    if failure is not None:
+        raise failure
+
+
+def agree_to_go_on(
+    world: World, trouble: NodeError | None, stop: bool, timed: bool
+) -> tuple[bool, bool]:
+    """(stop, save) as all ranks see it; raises rank 0's trouble on every rank."""
+    troubled, stop_any, timed_first = world.max(
+        [float(trouble is not None), float(stop), float(timed and world.rank == 0)]
+    )
+    if troubled:
+        world.agree(lambda: _fail(trouble))
+    return bool(stop_any), bool(timed_first)
+
+
+def validate(config: RunConfig, world: World, step: TrainStep, stream: TrainStream) -> float:
+    """Nats a label over the validation split, each label counted once."""
+    batches = validation_batches(
+        config.data,
+        micro_batch=config.train.micro_batch,
+        align=config.model.alignment,
+        rows=config.validation.rows,
+        dp_rank=world.rank,
+        dp_size=world.size,
+        vocab_size=config.model.vocab_size,
+        manifest=stream.manifest,
+    )
+    loss, _ = step.evaluate(batches)
+    return loss
+
+
+def save(
+    config: RunConfig,
+    home: Home,
+    world: World,
+    step: TrainStep,
+    at: Progressed,
+    watch: Watch,
+) -> None:
+    """Writes a checkpoint of `at`, then removes those that the retention does not name."""
+    began = time.perf_counter()
+    state = {
+        "step": at.step,
+        "tokens": at.tokens,
+        "life": home.life,
+        "data": at.data,
+        "validation_loss": at.validation_loss,
+        "config": config.model_dump(mode="json"),
+        "versions": versions(),
+        "ranks": world.size,
+        "threads": world.threads,
+        "time": time.time(),
+    }
+    path = checkpoint.save(
+        home.folder.checkpoints,
+        state,
+        step.optimizer.fragments(),
+        random_state(),
+        world,
+        home.require_mine,
+    )
+    if world.rank == 0:
+        checkpoint.prune(home.folder.checkpoints, config.checkpoint)
+    seconds = time.perf_counter() - began
+    watch.checkpoint_seconds += seconds
+    log.info("checkpoint %s in %.1f s", path, seconds)
+
+
+def announce(
+    config: RunConfig,
+    world: World,
+    step: TrainStep,
+    stream: TrainStream,
+    at: Progressed,
+    life: int,
+) -> None:
+    """Says in a few lines what is about to run."""
+    parameters = sum(p.numel() for p in step.model.parameters())
+    tokens = config.train.global_batch * config.data.sequence_length
+    log.info(
+        "%s, life %d: %s, %s parameters, %d ranks on %s, %d threads each, %s",
+        config.folder,
+        life,
+        config.model.variant,
+        f"{parameters:,}",
+        world.size,
+        world.device.type,
+        world.threads,
+        config.train.precision,
+    )
+    log.info(
+        "%s training tokens; steps %d to %d of %s tokens (%d micro-batches on each rank)",
+        f"{stream.manifest.splits['train'].tokens:,}",
+        at.step + 1,
+        config.train.steps,
+        f"{tokens:,}",
+        step.layout.micro_batches,
+    )

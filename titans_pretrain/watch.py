@@ -1,0 +1,128 @@
+"""What a run reports while it trains: metrics, the console line, the memory's panels."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from titans_pretrain.config import RunConfig
+from titans_pretrain.errors import NodeError
+from titans_pretrain.memory.observe import observe_memory
+from titans_pretrain.model.counts import flops_per_token
+from titans_pretrain.parallel.world import World
+from titans_pretrain.run.console import Progress
+from titans_pretrain.run.folder import RunFolder
+from titans_pretrain.run.metrics import Metrics
+from titans_pretrain.step import StepReport
+
+if TYPE_CHECKING:
+    from titans_pretrain.train import Progressed
+
+logger = logging.getLogger("titans_pretrain.watch")
+
+
+class Watch:
+    """Rank 0's records of a run; on the other ranks it only keeps time.
+
+    Args:
+        start: the step that the run goes on from.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        world: World,
+        leaving: contextlib.ExitStack,
+        start: int,
+        tokens: int,
+    ) -> None:
+        self.config, self.world = config, world
+        self.checkpoint_seconds = 0.0  # spent since the last record
+        self._seen: dict[str, dict[str, float]] = {}
+        self._process = psutil.Process()
+        self._flops = 3 * sum(flops_per_token(config.model, config.data.sequence_length).values())
+        self._metrics: Metrics | None = None
+        if world.rank == 0:
+            self._metrics = leaving.enter_context(Metrics(folder, start, config.log.tensorboard))
+            self._progress = Progress(config.train.steps, start, tokens)
+
+    @contextlib.contextmanager
+    def memory(self, step: int) -> Iterator[None]:
+        """Looks into the memory layers during step `step`, where the config asks for it."""
+        every = self.config.log.memory_every
+        if self._metrics is None or not every or step % every:
+            yield
+            return
+        with observe_memory() as seen:
+            yield
+        self._seen = seen
+
+    def record(
+        self, at: Progressed, report: StepReport, seconds: float, waited: float
+    ) -> NodeError | None:
+        """Writes the step's record. A disk that refuses is returned, for all ranks to agree on.
+
+        Args:
+            seconds: wall time of the step; waited: the part of it spent waiting for data.
+        """
+        if self._metrics is None:
+            return None
+        try:
+            self._write(self._metrics, at, report, seconds, waited)
+        except NodeError as e:
+            return e
+        return None
+
+    def _write(
+        self, metrics: Metrics, at: Progressed, report: StepReport, seconds: float, waited: float
+    ) -> None:
+        log, step = self.config.log, at.step
+        last = step == self.config.train.steps
+        if step % log.every == 0 or last or at.validation_loss is not None:
+            values = self._values(at, report, seconds, waited)
+            metrics.write(step, at.tokens, values)
+            self.checkpoint_seconds, self._seen = 0.0, {}
+        if at.validation_loss is not None:
+            ppl = math.exp(min(at.validation_loss, 700.0))
+            logger.info("validation at step %d: loss %.4f, ppl %.2f", step, at.validation_loss, ppl)
+        if step % log.console_every == 0 or last:
+            line = self._progress.line(step, at.tokens, report.loss, report.lr, report.grad_norm)
+            logger.info(line)
+
+    def _values(
+        self, at: Progressed, report: StepReport, seconds: float, waited: float
+    ) -> dict[str, float]:
+        rate = report.tokens / max(seconds, 1e-9)
+        values = {
+            "train/loss": report.loss,
+            "train/perplexity": math.exp(min(report.loss, 700.0)),
+            "train/lr": report.lr,
+            "train/grad_norm": report.grad_norm,
+            "speed/tokens_per_s": rate,
+            "speed/model_flop_per_s": rate * self._flops,
+            "time/step_s": seconds,
+            "time/data_wait_s": waited,
+            "time/forward_backward_s": report.seconds["forward_backward"],
+            "time/optimizer_s": report.seconds["optimizer"],
+            "time/checkpoint_s": self.checkpoint_seconds,
+            "machine/resident_bytes": float(self._process.memory_info().rss),
+        }
+        if self.world.device.type == "cuda":
+            values["machine/cuda_peak_bytes"] = float(torch.cuda.max_memory_allocated())
+        for index, name in enumerate(self.config.data.sources):
+            if index in report.by_source:
+                values[f"train_loss_by_source/{name}"] = report.by_source[index]
+        if at.validation_loss is not None:
+            values["validation/loss"] = at.validation_loss
+            values["validation/perplexity"] = math.exp(min(at.validation_loss, 700.0))
+        for layer, seen in self._seen.items():
+            for what, value in seen.items():
+                values[f"memory_{what}/{layer}"] = float(value)
+        return values
