@@ -75,7 +75,8 @@ class Watch:
         self.timed_out = True
         # At once and past pytest's capture: the summary may never come.
         os.write(_STDERR, "\n".join(["", *self.slowest(), ""]).encode())
-        os.kill(os.getpid(), signal.SIGINT)
+        # To the main thread itself: another one's handler would not wake it from a sleep.
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         end = threading.Timer(self.patience, lambda: os._exit(124))
         end.daemon = True
         end.start()

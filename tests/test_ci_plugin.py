@@ -49,25 +49,37 @@ def test_any_other_skip_fails(tmp_path, source):
     assert "tired" in out.stdout
 
 
+STOP = "request.config.pluginmanager.get_plugin('time-limit-and-skips')._stop()"
+
+
 def test_the_time_limit_names_the_running_and_the_slowest_test(tmp_path):
-    source = "def test_a(): time.sleep(0.3)\ndef test_b(): time.sleep(60)\n"
-    out = _pytest(tmp_path, source, "--time-limit", "2")
+    source = (
+        "def test_a(): time.sleep(0.3)\n"
+        f"def test_b(request):\n    {STOP}\n    time.sleep(60)\n"  # the limit comes here
+    )
+    out = _pytest(tmp_path, source, "--time-limit", "1000")
     assert out.returncode == 2  # interrupted
-    assert "stopped after 2 s in test_it.py::test_b; slowest so far:" in out.stderr
-    assert "0.3 s  test_it.py::test_a" in out.stderr
-    assert "0.3 s  test_it.py::test_a" in out.stdout
+    assert "stopped after 1000 s in test_it.py::test_b; slowest so far:" in out.stderr
+    assert " s  test_it.py::test_a" in out.stderr
+    assert " s  test_it.py::test_a" in out.stdout
     assert "= 1 passed in" in out.stdout.splitlines()[-1]
 
 
 def test_a_test_that_does_not_let_go_is_ended(tmp_path):
     source = (
-        "def test_a():\n"
+        f"def test_a(request):\n    stop = {STOP.removesuffix('()')}\n"
         "    while True:\n"
         "        try:\n"
-        "            time.sleep(60)\n"
+        "            stop(), time.sleep(60)\n"
         "        except BaseException:\n"
-        "            pass\n"
+        "            stop = int\n"
     )
-    out = _pytest(tmp_path, source, "--time-limit", "1", "--time-limit-patience", "1")
+    out = _pytest(tmp_path, source, "--time-limit-patience", "0.5")
     assert out.returncode == 124
-    assert "stopped after 1 s in test_it.py::test_a" in out.stderr
+    assert "stopped after 4500 s in test_it.py::test_a" in out.stderr
+
+
+def test_the_clock_starts_with_the_session_and_stops_it(tmp_path):
+    out = _pytest(tmp_path, "def test_a(): time.sleep(60)\n", "--time-limit", "1")
+    assert out.returncode == 2
+    assert "stopped after 1 s in " in out.stderr
