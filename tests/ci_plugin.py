@@ -75,11 +75,11 @@ class Watch:
         self.timed_out = True
         # At once and past pytest's capture: the summary may never come.
         os.write(_STDERR, "\n".join(["", *self.slowest(), ""]).encode())
-        # To the main thread itself: another one's handler would not wake it from a sleep.
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         end = threading.Timer(self.patience, lambda: os._exit(124))
         end.daemon = True
         end.start()
+        # To the main thread itself: another one's handler would not wake it from a sleep.
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
 def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
