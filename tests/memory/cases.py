@@ -167,6 +167,8 @@ def random_positions(
                 at = 0
             out[n, t] = at
             at += 1
+    if bool((out < 0).all()):
+        out[0, 0] = 0
     return out
 
 
