@@ -154,10 +154,17 @@ def _plot(args: argparse.Namespace) -> int:
 
     found: dict[str, float] = {}
     if not args.no_baselines:
-        from titans_pretrain.data.baselines import baselines
+        from titans_pretrain.data.baselines import fit_baselines
 
-        [source] = load_config(RunFolder(args.folder).config).data.sources.values()
-        found = baselines(source.path)
+        config = load_config(RunFolder(args.folder).config)
+        [source] = config.data.sources.values()
+        fitted = fit_baselines(
+            source.path,
+            sequence_length=config.data.sequence_length,
+            align=config.model.alignment,
+            rows=config.validation.rows,
+        )
+        found = {"unigram": fitted.unigram, "bigram": fitted.bigram}
     print(plot_run(args.folder, args.out or args.folder / "loss.png", found))
     return 0
 
