@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_pretrain.memory.chunked import chunked_memory
+from titans_pretrain.memory.observe import observed, record
 from titans_pretrain.memory.packing import PackingPlan
 from titans_pretrain.memory.rules import MemorySpec
 from titans_pretrain.memory.state import (
@@ -245,19 +246,12 @@ class MemoryLayer(nn.Module):
         state: MemoryState | None,
     ) -> tuple[Tensor, MemoryState]:
         """Writes k, v and reads at q, token by token [N, H, T, d]; `plan` says what to reset."""
-        return chunked_memory(
-            q,
-            k,
-            v,
-            rates.theta,
-            rates.alpha,
-            rates.eta,
-            self.first_weights(),
-            self.inner_norm(),
-            self.spec,
-            plan=plan,
-            state=state,
-        )
+        w_init, norm = self.first_weights(), self.inner_norm()
+        gates = (rates.theta, rates.alpha, rates.eta)
+        y, after = chunked_memory(q, k, v, *gates, w_init, norm, self.spec, plan=plan, state=state)
+        if observed():
+            record(self.name, k, v, gates, w_init, norm, self.spec, plan, state, after)
+        return y, after
 
     def normed(self, y: Tensor) -> Tensor:
         """What was read [N, H, T, d] -> [N, T, H*d], each head normalised."""

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from titans_pretrain.config import ModelConfig
 from titans_pretrain.errors import ConfigError
+from titans_pretrain.memory.layer import MemoryLayer
 from titans_pretrain.model.blocks import RMSNorm, SwiGLU
 from titans_pretrain.model.variants import VARIANTS, ModelState
 
@@ -76,8 +77,10 @@ class TitansLM(nn.Module):
         )
         self.final_norm: nn.Module | None = RMSNorm(D, config.norm_eps, device=device, dtype=dtype)
         self.head: nn.Module | None = nn.Linear(D, V, bias=False, device=device, dtype=dtype)
-        if config.tied_embeddings:
-            self.head.weight = self.embedding.weight
+        self._tie()
+        for name, module in self.named_modules():
+            if isinstance(module, MemoryLayer):
+                module.name = name
 
     def forward(
         self,
@@ -110,6 +113,15 @@ class TitansLM(nn.Module):
         if self.head is not None:
             x = self.head(x)
         return x, after if carry else None
+
+    def _tie(self) -> None:
+        if self.config.tied_embeddings and self.head is not None and self.embedding is not None:
+            self.head.weight = self.embedding.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TitansLM:
+        super()._apply(fn, recurse)
+        self._tie()  # to_empty gives each module a parameter of its own
+        return self
 
 
 def map_state(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
