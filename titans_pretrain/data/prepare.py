@@ -152,7 +152,7 @@ def _stamps(files: list[InputFile]) -> list[list[Any]]:
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> Manifest | None:
-    if not (out / "manifest.json").exists() or (out / ".work").exists():
+    if not (out / "manifest.json").exists():  # it is written last
         return None
     manifest = load_manifest(out)
     if manifest.header["identity"] != identity:
@@ -161,6 +161,9 @@ def _finished(out: Path, identity: dict[str, Any]) -> Manifest | None:
             "a folder holds one preparation",
             "give another --out, or remove the folder",
         )
+    if (out / ".work").exists():
+        with writing(out):
+            shutil.rmtree(out / ".work")
     return manifest
 
 
@@ -200,6 +203,8 @@ def _work_folder(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
         write_atomically(told, json.dumps(plan).encode())
         for stale in (work / "units").glob("*.tmp"):
             shutil.rmtree(stale, ignore_errors=True)
+        for leftover in out.glob(".*.tmp"):
+            leftover.unlink()
         yield work
         with writing(work):
             shutil.rmtree(work)

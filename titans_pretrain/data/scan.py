@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,8 @@ class Scan:
 
 def scan_file(file: InputFile, text_key: str, on_bad: str, read: Callable[[int], None]) -> Scan:
     """Reads a file through. Raises DataError at the first bad document if on_bad is "stop"."""
-    hashes, sizes, offsets, bad = [], [], [], []
+    hashes, sizes, offsets = array("Q"), array("Q"), array("Q")
+    bad: list[tuple[str, str]] = []
     for document in documents(file, text_key):
         parts = Hashed(document.parts())
         why = document.bad
@@ -83,7 +85,7 @@ def scan_file(file: InputFile, text_key: str, on_bad: str, read: Callable[[int],
         sizes.append(parts.size)
         offsets.append(document.offset)
         read(parts.size)
-    columns = [np.asarray(column, np.uint64) for column in (hashes, sizes, offsets)]
+    columns = [np.frombuffer(column, np.uint64) for column in (hashes, sizes, offsets)]
     return Scan(columns[0], columns[1], columns[2], bad)
 
 
@@ -183,16 +185,20 @@ def cut_units(scans: Iterable[Scan], unit_bytes: int) -> list[Unit]:
     units: list[Unit] = [[]]
     room = unit_bytes
     for number, scan in enumerate(scans):
-        start = 0
-        for size, offset in zip(scan.sizes.tolist(), scan.offsets.tolist()):
+        ends = np.cumsum(scan.sizes.astype(np.int64))
+        first = start = 0  # document, and byte, that the unit under way takes from this file
+        while first < len(ends):
             if room <= 0:
-                if offset > start:
-                    units[-1].append(Piece(number, start, offset))
                 units.append([])
-                start, room = offset, unit_bytes
-            room -= size
-        if len(scan.sizes):
-            units[-1].append(Piece(number, start, None))
+                room = unit_bytes
+            begun = int(ends[first - 1]) if first else 0
+            # The document that fills the unit still belongs to it.
+            stop = int(np.searchsorted(ends, begun + room)) + 1
+            last = stop >= len(ends)
+            end = None if last else int(scan.offsets[stop])
+            units[-1].append(Piece(number, start, end))
+            room -= int(ends[min(stop, len(ends)) - 1]) - begun
+            first, start = stop, end or 0
     return units
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import json
 import lzma
 import zlib
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import zstandard
 
@@ -89,12 +90,47 @@ def _input_file(path: Path, name: str) -> InputFile:
     return InputFile(str(path.resolve()), name, kind, compression)
 
 
+class _Zstandard(io.RawIOBase):
+    """Unpacks frame after frame. The library's own reader takes a cut file for a whole one."""
+
+    def __init__(self, packed: IO[bytes]) -> None:
+        self._packed = packed
+        self._frame: Any = None
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            data = self._packed.read(1 << 16)
+            if not data and self._frame is not None:
+                raise zstandard.ZstdError("it ends inside a frame")
+            if not data:
+                return 0
+            if self._frame is None:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._ready = memoryview(self._frame.decompress(data))
+            if self._frame.eof:
+                self._packed.seek(-len(self._frame.unused_data), io.SEEK_CUR)
+                self._frame = None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
 def _unpacked(packed: IO[bytes], compression: str) -> IO[bytes]:
     if compression == ".gz":
         return gzip.open(packed)  # type: ignore[return-value]
     if compression == ".xz":
         return lzma.open(packed)
-    return zstandard.open(packed) if compression == ".zst" else packed  # type: ignore[arg-type]
+    return io.BufferedReader(_Zstandard(packed), READ) if compression == ".zst" else packed
+
+
+def _skip(stream: IO[bytes], count: int) -> None:
+    while count > 0:
+        count -= len(stream.read(min(count, READ))) or count
 
 
 @contextmanager
@@ -125,7 +161,10 @@ def documents(
         yield Document(file.name, 0, lambda: _plain_parts(file))
         return
     with _opened(file) as stream:
-        stream.seek(start)
+        if file.compression:
+            _skip(stream, start)
+        else:
+            stream.seek(start)
         offset, number = start, 0
         while stop is None or offset < stop:
             line = stream.readline()

@@ -103,8 +103,8 @@ class Tokenizer:
         ends = np.asarray([self.bos], self.dtype), np.asarray([self.eos], self.dtype)
         return [np.concatenate([ends[0], self.encode(text), ends[1]]) for text in texts]
 
-    def _encode_pieces(self, parts: Iterable[str]) -> Iterator[list[int]]:
-        for piece, joint in cut(parts, at_spaces=self._dummy):
+    def _encode_pieces(self, parts: Iterable[str], size: int = PIECE) -> Iterator[list[int]]:
+        for piece, joint in cut(parts, self._dummy, size):
             if joint == "inside":
                 # A dummy space must not appear inside a word: put a newline in front, and take
                 # its ids off again.
