@@ -40,7 +40,9 @@ def _start(folder: Path, body: str, ranks: int = 3, grace: float = 10.0) -> subp
     command = [sys.executable, "-c", LAUNCH, RANK + body, str(ranks), str(folder), str(grace)]
     environment = {**os.environ, "FOLDER": str(folder)}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
 
 
 def _pids(folder: Path, names: list[str]) -> list[int]:
@@ -145,6 +147,24 @@ sys.exit(76 if rank == 2 else 75)
 """
     _, err = (run := _start(tmp_path, body)).communicate(timeout=60)
     assert run.returncode == 76, err
+
+
+def test_ctrl_c_in_a_terminal_reaches_each_rank_once(tmp_path):
+    """The terminal sends it to the launcher's whole process group."""
+    body = """
+got = []
+signal.signal(signal.SIGINT, lambda n, f: got.append(n))
+here()
+while not got:
+    time.sleep(0.01)
+time.sleep(0.5)
+sys.exit(75 if len(got) == 1 else 9)
+"""
+    run = _start(tmp_path, body, ranks=2)
+    _pids(tmp_path, ["0", "1"])
+    os.killpg(run.pid, signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 75, err
 
 
 def test_the_third_ctrl_c_kills(tmp_path):

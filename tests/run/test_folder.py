@@ -206,6 +206,22 @@ def test_a_sleeper_cannot_fill_a_gap_below_a_newer_life(tmp_path, monkeypatch):
     assert _locks(tmp_path) == ["lock.000003"]
 
 
+def test_a_claim_taken_a_moment_ago_is_seen_although_the_list_was_older(tmp_path, monkeypatch):
+    (tmp_path / "lock.000001").write_text(_claim_text(life=1, released=True))
+    other = _claim_text(life=2)
+    (tmp_path / "lock.000002").write_text(other)
+    real, calls = lock_module._claims, []
+
+    def stale_once(path):
+        calls.append(path)
+        return real(path) if len(calls) > 1 else [1]
+
+    monkeypatch.setattr(lock_module, "_claims", stale_once)
+    with pytest.raises(ConfigError, match="held by life 2"):
+        RunFolder(tmp_path).take()
+    assert (tmp_path / "lock.000002").read_text() == other
+
+
 def test_without_hard_links_the_claim_is_created_exclusively(tmp_path, monkeypatch):
     def no_links(*args):
         raise OSError(errno.EOPNOTSUPP, "not supported")

@@ -41,9 +41,8 @@ def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
     with Path(path).open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             record = None
-            if line.endswith("\n"):
-                with contextlib.suppress(ValueError):
-                    record = json.loads(line)
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
             if isinstance(record, dict) and {"step", "tokens", "values"} <= record.keys():
                 yield record
             else:
