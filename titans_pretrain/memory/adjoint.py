@@ -65,15 +65,17 @@ def part_adjoint(
     final: States,
     last_anchor: States | None,
     grads: Gradients,
+    room: States,
 ) -> None:
     """Adds one part to `grads`; parts come in reverse.
 
     dy [B, C, d]; final: gradients of the states of documents that end their row, by document;
     last_anchor: likewise of their anchors, where they end inside a chunk ([documents * H, a, o]).
+    room: from `state_room`, for the gradients of entry states.
     """
     h = problem.heads
     at = slice(part.chunks.start * h, part.chunks.stop * h)
-    from_reads, dq = _read_adjoint(problem, part, swept, reads, dy, grads)
+    from_reads, dq = _read_adjoint(problem, part, swept, reads, dy, grads, room)
     dk, dv, d_write, d_carry = _sweep_adjoint(
         problem, part, swept, anchors, from_reads, final, last_anchor, grads
     )
@@ -88,7 +90,13 @@ def part_adjoint(
 
 
 def _read_adjoint(
-    problem: Problem, part: Part, swept: Swept, reads: Reads, dy: Tensor, grads: Gradients
+    problem: Problem,
+    part: Part,
+    swept: Swept,
+    reads: Reads,
+    dy: Tensor,
+    grads: Gradients,
+    room: States,
 ) -> tuple[_FromReads, Tensor]:
     """(16) for the layers L..1 of all chunks of a part at once."""
     spec, co, h = problem.spec, part.coefficients, problem.heads
@@ -110,7 +118,8 @@ def _read_adjoint(
         rho *= co.scores[n]
         errors.append(torch.bmm((co.scores[n] * reads.products[n]).transpose(1, 2), d_out))
         inputs.append(torch.bmm(rho.transpose(1, 2), u))
-        states.append(torch.bmm(spread(u, co.read[n]).transpose(1, 2), d_out))
+        states.append(room[n][: len(u)])
+        torch.bmm(spread(u, co.read[n]).transpose(1, 2), d_out, out=states[-1])
         both = torch.bmm(d_out, swept.states[n].transpose(1, 2)).unflatten(2, (2, -1))
         pairs.append((both * u[:, :, None, :]).sum(-1))
         du = (both * co.read[n][..., None]).sum(2).baddbmm_(rho, x)

@@ -25,6 +25,7 @@ from titans_pretrain.memory.sweep import (
     read,
     start_anchors,
     start_states,
+    state_room,
     sweep,
     weights_of,
 )
@@ -107,13 +108,13 @@ class _ChunkedMemory(torch.autograd.Function):
         ends = _open_ends(problem, weights, momentum, anchor)
         state = start_states(problem, weights, momentum)
         boundaries: list[Tensor] = []
-        ys = []
+        ys, room = [], state_room(problem)
         for first, stop in plan.groups:
             part = pack_part(problem, range(first, stop))
             anchors = start_anchors(problem, state, anchor) if first == 0 else None
             if first:
                 boundaries += state
-            swept, state = sweep(problem, part, state, anchors, ends)
+            swept, state = sweep(problem, part, state, anchors, ends, room)
             ys.append(read(problem, part, swept).y.unflatten(0, (-1, problem.heads)))
         q = problem.q
         y = torch.cat(ys) if ys else q.new_empty((0, q.shape[1], spec.chunk, q.shape[3]))
@@ -135,6 +136,7 @@ class _ChunkedMemory(torch.autograd.Function):
                 list(d_out[i : i + layers]) for i in range(0, len(d_out), layers)
             ]
             grads = _zero_gradients(problem, anchor is not None)
+            room, d_room = state_room(problem), state_room(problem)
             final, last_anchor = _final_gradients(problem, kinds)
             for index in range(len(plan.groups) - 1, -1, -1):
                 first, stop = plan.groups[index]
@@ -145,7 +147,7 @@ class _ChunkedMemory(torch.autograd.Function):
                 else:
                     state = start_states(problem, weights, momentum)
                     anchors = start_anchors(problem, state, anchor)
-                swept, _ = sweep(problem, part, state, anchors, None)
+                swept, _ = sweep(problem, part, state, anchors, None, room)
                 reads = read(problem, part, swept)
                 if dy is None:
                     d_part = torch.zeros_like(part.q)
@@ -153,7 +155,7 @@ class _ChunkedMemory(torch.autograd.Function):
                     at = part.chunks
                     d_part = plan.pack(dy, at.start, at.stop, problem.dtype).flatten(0, 1)
                 part_adjoint(
-                    problem, part, swept, reads, anchors, d_part, final, last_anchor, grads
+                    problem, part, swept, reads, anchors, d_part, final, last_anchor, grads, d_room
                 )
             return (None, None, *_gather_gradients(problem, grads, kinds, tensors))
 

@@ -146,6 +146,16 @@ def start_anchors(
     return out
 
 
+def state_room(problem: Problem) -> States:
+    """Room for the entry states of all chunks of any part; parts take turns in it.
+
+    Fresh memory costs more to touch than the sweep to fill it.
+    """
+    offsets = problem.plan.offsets
+    chunks = max((offsets[b] - offsets[a] for a, b in problem.plan.groups), default=0)
+    return [w.new_empty((chunks * len(w), 2 * w.shape[1], w.shape[2])) for w in problem.w_init]
+
+
 def weights_of(state: Tensor, heads: int) -> Tensor:
     """[B, 2a, o] -> the weights in it as a view [M, H, a, o]."""
     return state.view(-1, heads, 2, state.shape[1] // 2, state.shape[2])[:, :, 0]
@@ -171,11 +181,12 @@ def sweep(
     start: States,
     anchors: list[Tensor] | None,
     ends: Ends | None,
+    room: States,
 ) -> tuple[Swept, States]:
     """Runs the keys of one part, (12), (13) and (15); returns also the state after its last step.
 
     start: the state before the first step; anchors: of that step (only at step 0). Documents that
-    end their row write their state into `ends`.
+    end their row write their state into `ends`. room: from `state_room`, for the entry states.
     """
     spec, plan, h, layers = problem.spec, problem.plan, problem.heads, problem.spec.depth
     co = part.coefficients
@@ -185,7 +196,7 @@ def sweep(
     back: list[list[Tensor]] = [[] for _ in range(layers - 1)]
     hats: list[Tensor] = []
     rstds: list[Tensor] = []
-    states = [s.new_empty((len(part.k), *s.shape[1:])) for s in start]
+    states = [s[: len(part.k)] for s in room]
     for buffer, s in zip(states, start):
         buffer[: len(s)] = s
     after: States = []
