@@ -106,7 +106,7 @@ def test_spreads_follow_the_table() -> None:
         ("blocks.3.mixer.asked", (2, 64, 48), 1.0),
         ("blocks.3.mixer.memory.q_conv.weight", (96, 4), 0.5 / math.sqrt(3)),
         ("blocks.3.mixer.memory.initial.0", (2, 48, 192), math.sqrt(2 / (48 + 192))),
-        ("blocks.3.mixer.memory.initial.1", (2, 192, 48), math.sqrt(2 / (48 + 192)) / 10),
+        ("blocks.3.mixer.memory.initial.1", (2, 192, 48), math.sqrt(2 / (48 + 192))),
     ):
         values = draw(config, name, shape, 0)
         assert values.std().item() == pytest.approx(std, rel=0.08), name
