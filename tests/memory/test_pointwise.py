@@ -29,8 +29,8 @@ def test_activation_and_two_derivatives(kind: str) -> None:
     (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
     up = torch.linspace(-2, 3, 4001, dtype=F64)
-    assert spread(activate(x, kind), y) < 1e-15
-    assert spread(times_slope(up, x.detach(), kind), up * first) < 1e-14
+    assert spread(activate(x.detach(), kind), y.detach()) < 1e-15
+    assert spread(times_slope(up, x.detach(), kind), up * first.detach()) < 1e-14
     assert spread(curvature(x.detach(), kind), second) < 1e-14
 
 
@@ -44,8 +44,8 @@ def test_layer_norm_its_transpose_and_the_transposes_gradient() -> None:
     (j_extra,) = torch.autograd.grad((out * extra).sum(), x)
     xhat, rstd = standardize(x.detach())
     mine = standardize_transpose(u, xhat, rstd)
-    assert spread(xhat, out) < 1e-14
-    assert spread(mine, ju) < 1e-13
+    assert spread(xhat, out.detach()) < 1e-14
+    assert spread(mine, ju.detach()) < 1e-13
     assert spread(transpose_curvature(w, u, mine, xhat, rstd, extra), dx + j_extra) < 1e-12
 
 
@@ -57,7 +57,7 @@ def test_products_of_gates() -> None:
 @pytest.mark.parametrize("exclusive", [False, True])
 @pytest.mark.parametrize("full", [False, True])
 def test_coefficients_and_adjoint(exclusive: bool, full: bool) -> None:
-    """Against the scan of MATH.md, (6)-(9), row by row, and autograd through it."""
+    """Against the scan (11) of MATH.md, row by row, and autograd through it."""
     g = torch.Generator().manual_seed(1)
     c = 5
     gates = [torch.rand(2, 3, c, generator=g, dtype=F64).requires_grad_() for _ in range(3)]

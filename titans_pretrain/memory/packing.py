@@ -112,7 +112,7 @@ def plan_documents(
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order))
     steps = int(chunks.max()) if len(chunks) else 0
-    sizes = [int((chunks > j).sum()) for j in range(steps)]
+    sizes = torch.bincount(chunks, minlength=1).flip(0).cumsum(0).flip(0)[1:].tolist()
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + size)
@@ -140,6 +140,8 @@ def plan_documents(
             return None
         return rank[chosen].to(device), row[head][chosen].to(device)
 
+    lengths = set(chunks[tail].tolist())
+    by_step = [chunks == j + 1 if j + 1 in lengths else None for j in range(steps)]
     full = bool(used.all())
     empty = (~real.any(1)).nonzero()[:, 0]
     return PackingPlan(
@@ -157,8 +159,8 @@ def plan_documents(
         resumed=pairs(resumed),
         inside=pairs(inside),
         fresh=rank[~resumed].to(device),
-        ends=tuple(pairs(tail & (chunks == j + 1)) for j in range(steps)),
-        open_ends=tuple(pairs(unfinished & (chunks == j + 1)) for j in range(steps)),
+        ends=tuple(None if of is None else pairs(tail & of) for of in by_step),
+        open_ends=tuple(None if of is None else pairs(unfinished & of) for of in by_step),
         empty=empty.to(device) if len(empty) else None,
     )
 
