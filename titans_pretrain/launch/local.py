@@ -162,4 +162,5 @@ def _tell(rank: int, code: int, output: IO[bytes] | None) -> None:
     if output is not None:
         output.seek(max(0, output.seek(0, os.SEEK_END) - (1 << 16)))
         lines = output.read().decode(errors="replace").splitlines()[-_TAIL:]
-        print(f"its last lines ({output.name}):", *lines, sep="\n  ", file=sys.stderr)
+        if lines:
+            print(f"its last lines ({output.name}):", *lines, sep="\n  ", file=sys.stderr)
