@@ -98,6 +98,7 @@ BAD = {
     "null": b'{"text": null}',
     "a list": b"[1, 2]",
     "not UTF-8": b'{"text": "\xff\xfe"}',
+    "a huge number": b'{"text": "x", "n": ' + b"9" * 5000 + b"}",
     "half a pair": b'{"text": "\\ud800"}',
 }
 
@@ -126,6 +127,7 @@ def test_bad_documents_are_skipped_counted_and_listed(tokenizer, tmp_path):
             "NoneType",
             "no key",
             "UTF-8",
+            "digits",
             "pair",
         ],
     ):
@@ -193,7 +195,11 @@ def test_refused_inputs(name, content, message, tokenizer, tmp_path):
 def test_missing_and_empty_inputs(tokenizer, tmp_path):
     with pytest.raises(DataError, match="not found"):
         prepare([str(tmp_path / "none")], tmp_path / "out", tokenizer)
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(DataError, match=r"a\.txt: given twice"):
+        prepare([str(tmp_path), str(tmp_path / "a.txt")], tmp_path / "out", tokenizer)
+    (tmp_path / "empty" / ".hidden").mkdir(parents=True)
+    (tmp_path / "empty" / ".hidden" / "a.txt").write_text("a")
     with pytest.raises(DataError, match="no text files"):
         prepare([str(tmp_path / "empty")], tmp_path / "out", tokenizer)
 

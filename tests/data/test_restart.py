@@ -45,7 +45,7 @@ def killed_at(step, corpus, tokenizer, out):
 
             return call
 
-        for name in ("fsync", "replace", "rename", "mkdir", "rmdir", "unlink"):
+        for name in ("fsync", "replace", "rename", "mkdir", "rmdir", "unlink", "utime"):
             setattr(os, name, deadly(getattr(os, name)))
         code = 1
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -72,12 +74,21 @@ class ShardWriter:
         row["len"] = tar.tarstream.offset + HEADER
         row["tok"] = row["len"] + -(-len(lens) // HEADER) * HEADER + HEADER
         key = f"{self.prefix}-{len(self.shards):05d}-{len(self._in_shard):05d}"
-        with writing(self.folder):
+        with writing(self.folder), self._quietly():
             tar.write({"__key__": key, "len": lens, "tok": tok})
         self._in_shard.append(row)
         self._documents, self._waiting = [], 0
         if sum(int(r["tokens"][0]) for r in self._in_shard) >= self.shard_tokens:
             self._close_shard()
+
+    @contextmanager
+    def _quietly(self) -> Iterator[None]:
+        """After a failed write, keeps tarfile from trying again when it is collected."""
+        try:
+            yield
+        except OSError:
+            self._tar.tarstream.fileobj.closed = True
+            raise
 
     def _path(self) -> Path:
         return self.folder / f"{self.prefix}-{len(self.shards):05d}.tar"
@@ -96,7 +107,7 @@ class ShardWriter:
     def _close_shard(self) -> None:
         if self._tar is None or self._file is None:
             return
-        with writing(self.folder):
+        with writing(self.folder), self._quietly():
             self._tar.close()
             self._file.flush()
             os.fsync(self._file.fileno())

@@ -56,9 +56,11 @@ def find_inputs(inputs: list[str]) -> list[InputFile]:
         root = Path(given)
         if root.is_dir():
             files = [p for p in sorted(root.rglob("*")) if p.is_file() and _kind(p)]
-            files = [p for p in files if not any(q.startswith(".") for q in p.parts[-1:])]
+            names = [path.relative_to(root) for path in files]
             found += [
-                _input_file(p, f"{root.name}/{p.relative_to(root).as_posix()}") for p in files
+                _input_file(path, f"{root.name}/{name.as_posix()}")
+                for path, name in zip(files, names)
+                if not any(part.startswith(".") for part in name.parts)
             ]
         elif root.is_file():
             if not _kind(root):
@@ -76,6 +78,15 @@ def find_inputs(inputs: list[str]) -> list[InputFile]:
             "inputs are .txt or .jsonl, plain or with .gz, .xz or .zst, or folders of them",
             "check the folder",
         )
+    seen: set[str] = set()
+    for file in found:
+        if file.path in seen:
+            raise DataError(
+                f"input {file.path}: given twice",
+                "each file is read once",
+                "name it once, or only the folder that holds it",
+            )
+        seen.add(file.path)
     return found
 
 
@@ -190,7 +201,7 @@ def _text_of(line: bytes, text_key: str) -> str:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as e:
         raise BadDocument(f"not UTF-8 (byte {e.start} of the line)") from e
-    except (json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # ValueError: also numbers of thousands of digits
         raise BadDocument(f"not JSON ({e})") from e
     if not isinstance(record, dict) or text_key not in record:
         raise BadDocument(f"no key {text_key!r}")
