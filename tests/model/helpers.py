@@ -76,10 +76,13 @@ def hot_model(config: ModelConfig, seed: int = 0) -> TitansLM:
                 p.copy_(torch.tensor([1.5, -2.0, 0.5]).repeat(len(p) // 3) + 0.5 * noise)
             elif ".gates." in name or "_conv." in name:
                 p.add_(0.5 * noise)
+            elif name.endswith("inner_gain"):
+                p.copy_(1 + 0.2 * noise)
             elif "norm" in name or "inner_" in name or name.endswith("persistent"):
                 p.add_(0.2 * noise)
             elif ".initial." in name:
-                p.mul_(4)
+                last = name.endswith(str(config.memory.depth - 1))
+                p.mul_(0.3 if last else 4)  # a small last layer: what is learned outweighs it
             elif name.endswith(("memory.out.weight", "attention.o.weight")):
                 p.mul_(6)
             elif name.endswith("memory.v.weight"):

@@ -47,4 +47,4 @@ def test_the_memory_of_the_tested_models_matters(case: str) -> None:
     tokens = tokens_like(positions)
     losses = losses_of(model, tokens, positions)
     moved = losses_of(inert(model), tokens, positions) - losses
-    assert moved.abs().sum() > 0.02 * losses.sum()
+    assert moved.abs().sum() > 0.05 * losses.sum()

@@ -97,3 +97,27 @@ def test_the_state_of_a_long_document_does_not_grow(case: str) -> None:
         map_state(state, add)
         sizes.append(count)
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("cut", [3, 8])
+def test_a_row_may_pause(case: str, cut: int) -> None:
+    """One row goes on while the other holds pads alone, or ends in pads, for a call."""
+    config = config_of(case)
+    model = hot_model(config)
+    pads = [-1] * 5
+    calls = [
+        torch.tensor([[*range(cut)], [*range(cut)]]),
+        torch.tensor([[*range(cut, cut + 5)], pads]),
+        torch.tensor([[*range(cut + 5, cut + 10)], [cut, cut + 1, -1, -1, -1]]),
+        torch.tensor([[*range(cut + 10, cut + 15)], [*range(cut + 2, cut + 7)]]),
+    ]
+    positions = torch.cat(calls, dim=1)
+    tokens = tokens_like(positions)
+    widths = [c.shape[1] for c in calls]
+    with torch.no_grad():
+        cut_logits = pieces(model, tokens, positions, torch.tensor(widths).cumsum(0).tolist()[:-1])
+        for row in (0, 1):
+            real = positions[row] >= 0
+            whole, _ = model(tokens[row, real][None], positions[row, real][None])
+            assert (whole[0] - cut_logits[row, real]).abs().max() < 1e-10

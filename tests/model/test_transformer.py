@@ -3,6 +3,7 @@
 import torch
 
 from titans_pretrain.config import ModelConfig
+from titans_pretrain.model.packing import attention_plan
 from titans_pretrain.model.titans import TitansLM, initialise
 
 torch.set_num_threads(1)
@@ -42,3 +43,22 @@ def test_one_block_equals_attention_written_out() -> None:
     expected = norm(x, "final_norm.weight") @ p["head.weight"].T
     actual, _ = model(tokens, torch.arange(6)[None])
     assert (actual[0] - expected).abs().max() < 1e-13
+
+
+def test_every_query_sees_a_key() -> None:
+    """Pads too: a softmax over nothing is NaN on some devices."""
+    for window in (None, 2):
+        positions = torch.tensor([[-1, 3, 4, -1, 0, 1, -1], [0, 1, 2, 3, -1, -1, -1]])
+        plan = attention_plan(
+            positions,
+            torch.tensor([[0, 1, 2], [0, 1, -1]]),
+            window=window,
+            head_width=4,
+            rope_base=10.0,
+            dtype=torch.float64,
+            device=torch.device("cpu"),
+        )
+        assert plan.mask.any(-1).all()
+        seen = plan.mask[0, 0].int().tolist()
+        assert seen[1] == ([1, 1, 1, 0, 1] if window is None else [0, 0, 1, 0, 1]) + [0] * 5
+        assert seen[5] == [0] * 7 + [1, 1, 0]

@@ -71,15 +71,15 @@ def attention_plan(
 
 def _first_to_keep(positions: Tensor, window: int | None) -> int:
     """The first of columns [B, S] that a token after them could see: in any row's open document."""
-    B, S = positions.shape
-    column = torch.arange(S, device=positions.device).expand(B, S)
+    S = positions.shape[1]
+    column = torch.arange(S).expand_as(positions)
     real = positions >= 0
-    first = column.where(positions == 0, 0).amax(1)
+    begin = column.where(positions == 0, 0).amax(1, keepdim=True)  # of the last document
+    near = real & (column >= begin)
     if window is not None:
-        last = column.where(real, 0).amax(1)
-        first = torch.maximum(first, last - (window - 2))
-    first = first.where(real.any(1), S)
-    return int(first.amin())
+        last = positions.gather(1, column.where(real, 0).amax(1, keepdim=True))
+        near &= positions >= last - (window - 2)
+    return int(column.where(near, S).amin())
 
 
 @dataclass(frozen=True)
