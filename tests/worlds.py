@@ -69,9 +69,7 @@ def run_world(
             **(env or {}),
         }
         ours, theirs = _context.Pipe(duplex=False)
-        process = _context.Process(
-            target=_rank_main, args=(theirs, function, rank_env, args), daemon=True
-        )
+        process = _context.Process(target=_rank_main, args=(theirs, function, rank_env, args))
         process.start()
         theirs.close()
         pipes.append(ours)

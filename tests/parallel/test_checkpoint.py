@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.live_bytes import LiveBytes
 from tests.parallel.test_step import pieces, start
 from tests.parallel.tiny import micro_batches, tiny_config
 from tests.worlds import run_world
 from titans_pretrain.config import CheckpointConfig, RunConfig
 from titans_pretrain.errors import ConfigError, DataError, NodeError
+from titans_pretrain.model.titans import TitansLM
 from titans_pretrain.run import checkpoint, dcp
 from titans_pretrain.step import TrainStep
 
@@ -274,3 +276,45 @@ def test_retention_keeps_last_best_and_every_nth(tmp_path: Path) -> None:
     assert checkpoint.list_steps(tmp_path) == [20, 40, 60, 70]
     keep = CheckpointConfig(keep_last=1, keep_best=False)
     assert checkpoint.prune(tmp_path, keep) == [20, 40, 60]
+
+
+def counted(config: RunConfig, folder: Path) -> Any:
+    world, step = start(config)
+    fragments = step.optimizer.fragments()
+    own = sum(t.untyped_storage().nbytes() for t in {id(s): s for s in storages(step)}.values())
+    state = state_of(config, 1)
+    tensors = rng()
+    with LiveBytes() as saving:
+        checkpoint.save(folder, state, fragments, tensors, world, lambda: None)
+    found = checkpoint.find_latest(folder, world, print)
+    assert found is not None
+    with LiveBytes() as loading:
+        checkpoint.load(found, config.model.model_dump(), fragments, tensors)
+    largest = max(4 * p.numel() for p in step.model.parameters())
+    world.shut_down()
+    return own, saving.peak, loading.peak, largest, tensors["rng/cpu"].numel()
+
+
+def storages(step: TrainStep) -> list[torch.Tensor]:
+    return [
+        flat
+        for group in step.optimizer.adamw.param_groups
+        for p in group["params"]
+        for flat in (p, *(step.optimizer.adamw.state[p][k] for k in ("exp_avg", "exp_avg_sq")))
+    ]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_no_rank_holds_more_than_its_partition_and_one_tensor(ranks: int, tmp_path: Path) -> None:
+    config = tiny_config(model__width=128, model__heads=4, model__mlp_width=512)
+    for own, saving, loading, largest, rng_bytes in run_world(counted, ranks, config, tmp_path):
+        total = 3 * 4 * sum(p.numel() for p in built(config).parameters())
+        assert own == pytest.approx(total / ranks, rel=0.01), "the partition itself"
+        # Beside the partition, which is there anyway: one piece of one tensor, and odds and ends.
+        assert 0 < saving <= largest + rng_bytes + 4096
+        assert 0 < loading <= largest + rng_bytes + 4096
+        assert largest < total / 20, "or the bound would say nothing"
+
+
+def built(config: RunConfig) -> torch.nn.Module:
+    return TitansLM(config.model, device="meta")

@@ -48,7 +48,7 @@ class OwnedBoxes:
         at = 0
         for offsets, sizes in boxes:
             size = torch.Size(sizes)
-            self.views[offsets] = flat.narrow(0, at, size.numel()).view(size)
+            self.views[offsets] = _alone(flat.narrow(0, at, size.numel())).view(size)
             self.chunks.append(ChunkStorageMetadata(torch.Size(offsets), size))
             at += size.numel()
 
@@ -68,6 +68,15 @@ class OwnedBoxes:
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return self.chunks
+
+
+def _alone(view: torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor whose storage begins and ends with it.
+
+    torch's file writer copies a view of a larger storage and keeps all copies until the file is
+    closed, which would double the partition. (On CUDA it copies to the host in any case.)
+    """
+    return torch.from_numpy(view.numpy()) if view.device.type == "cpu" else view
 
 
 def _find(state: dict[str, Any], index: MetadataIndex) -> torch.Tensor:
