@@ -121,8 +121,8 @@ def _read_adjoint(
         states.append(room[n][: len(u)])
         torch.bmm(spread(u, co.read[n]).transpose(1, 2), d_out, out=states[-1])
         both = torch.bmm(d_out, swept.states[n].transpose(1, 2)).unflatten(2, (2, -1))
-        pairs.append((both * u[:, :, None, :]).sum(-1))
-        du = (both * co.read[n][..., None]).sum(2).baddbmm_(rho, x)
+        pairs.append(_dots(both, u))
+        du = _fold(both, co.read[n]).baddbmm_(rho, x)
         if spec.decay_to == "init":
             du += static_product(problem, d_out, problem.w_init[n].transpose(1, 2))
             grads.w_init[n] += _static_outer(u, d_out, h)
@@ -178,8 +178,8 @@ def _sweep_adjoint(
             write, carry = co.write[n, rows], co.carry[n, rows]
             d_errors.append(torch.baddbmm(extra.errors[n][rows], spread(x, write), g))
             both = torch.bmm(delta, g.transpose(1, 2)).unflatten(2, (2, -1))
-            d_inputs.append((both * write[..., None]).sum(2).add_(extra.inputs[n][rows]))
-            torch.sum(both * x[:, :, None, :], -1, out=d_write[n, rows])
+            d_inputs.append(_fold(both, write).add_(extra.inputs[n][rows]))
+            d_write[n, rows] = _dots(both, x)
             g = g.view(count, 2, -1)
             torch.bmm(g, state[n].view(count, 2, -1).transpose(1, 2), out=d_carry[n, rows])
             new = torch.baddbmm(extra.states[n][rows].view(count, 2, -1), carry.transpose(1, 2), g)
@@ -254,6 +254,17 @@ def _add_anchor(
         grads.opening[n].unflatten(0, (-1, h))[here] = g[here]
         g[here] = 0
     weights_of(grads.state[n], h).add_(g)
+
+
+def _fold(both: Tensor, pair: Tensor) -> Tensor:
+    """The adjoint of `spread` by x: [B, C, 2, a], [B, C, 2] -> [B, C, a]."""
+    first, second = both.unbind(2)
+    return (first * pair[..., :1]).addcmul_(second, pair[..., 1:])
+
+
+def _dots(both: Tensor, x: Tensor) -> Tensor:
+    """The adjoint of `spread` by its pair: [B, C, 2, a], [B, C, a] -> [B, C, 2]."""
+    return (both @ x[..., None])[..., 0]
 
 
 def _static_outer(u: Tensor, g: Tensor, heads: int) -> Tensor:
