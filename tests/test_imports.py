@@ -31,7 +31,7 @@ ENGINES = {
         "parallel/compat.py",
     ),  # compat: keeps its builds from starting
     "webdataset": ("data/",),
-    "sentencepiece": ("data/tokens.py", "data/tokenizer_command.py"),
+    "sentencepiece": ("data/tokens.py",),
     "tensorboard": ("run/metrics.py",),
     "torch.utils.tensorboard": ("run/metrics.py",),
     "triton": ("memory/kernels/",),

@@ -96,13 +96,12 @@ def test_cutting_depends_on_the_text_alone(text, size, splits):
 @given(text=texts, size=st.integers(2, 40))
 @pytest.mark.parametrize("name", NAMES)
 def test_encoding_in_pieces_keeps_the_text(name, text, size):
-    """Whatever the cuts, decoding gives back the text (up to characters without a piece)."""
+    """Whatever the cuts, decoding gives back a text without unknown characters."""
+    if name == "demo":
+        text = text.replace("\t", "").replace("文", "")
     tokenizer = load(name)
-    whole = tokenizer.decode(tokenizer.encode(text))
     pieces = [i for piece in tokenizer._encode_pieces([text], size) for i in piece]
-    assert tokenizer.decode(pieces) == whole
-    if name == "titans-32k":
-        assert whole == text
+    assert tokenizer.decode(pieces) == tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_encoding_in_pieces_equals_encoding_the_whole():

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import io
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import sentencepiece
+from typing import TYPE_CHECKING
 
 from titans_pretrain.data.files import write_atomically
 from titans_pretrain.data.text import BadDocument, documents, find_inputs
-from titans_pretrain.data.tokens import Tokenizer, cut
+from titans_pretrain.data.tokens import LIBRARY, Tokenizer, cut, train
 from titans_pretrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -27,18 +24,18 @@ def register(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("tokenizer", help="train, inspect or import a tokenizer")
     actions = parser.add_subparsers(dest="action", required=True)
 
-    train = actions.add_parser("train", help="train a sentencepiece BPE model on text")
-    train.add_argument("inputs", nargs="+", metavar="INPUT", help=".txt, .jsonl, or folders")
-    train.add_argument("--out", required=True, metavar="MODEL", help="the .model file to write")
-    train.add_argument("--vocab-size", type=int, default=32_000)
-    train.add_argument(
+    learn = actions.add_parser("train", help="train a sentencepiece BPE model on text")
+    learn.add_argument("inputs", nargs="+", metavar="INPUT", help=".txt, .jsonl, or folders")
+    learn.add_argument("--out", required=True, metavar="MODEL", help="the .model file to write")
+    learn.add_argument("--vocab-size", type=int, default=32_000)
+    learn.add_argument(
         "--no-byte-fallback",
         action="store_true",
         help="cover every character of the text instead of falling back to bytes (small models)",
     )
-    train.add_argument("--text-key", default="text", help="key of the text in JSON lines")
-    train.add_argument("--limit", type=int, metavar="MB", help="read so much text at most")
-    train.set_defaults(run=_run_train)
+    learn.add_argument("--text-key", default="text", help="key of the text in JSON lines")
+    learn.add_argument("--limit", type=int, metavar="MB", help="read so much text at most")
+    learn.set_defaults(run=_run_train)
 
     inspect = actions.add_parser("inspect", help="say what a model is")
     inspect.add_argument("model")
@@ -63,47 +60,10 @@ def train_model(
 ) -> Tokenizer:
     """A sentencepiece BPE model of the non-empty lines of the documents.
 
-    Identity normalisation, digits split, no whitespace removed: decoding gives back the text.
-    One thread, no sampling and no path in the model: the same text gives the same bytes.
-    Raises DataError where the text cannot fill the vocabulary.
+    The same text gives the same bytes. Raises DataError where it cannot fill the vocabulary.
     """
-    writer = io.BytesIO()
-    # Newlines never reach the trainer (they end its sentences): bytes stand for them, or a symbol.
-    coverage: dict[str, Any] = {"byte_fallback": True, "character_coverage": 0.9995}
-    if not byte_fallback:
-        coverage = {"user_defined_symbols": ["\n"], "character_coverage": 1.0}
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(inputs, text_key, limit_mb),
-            model_writer=writer,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            add_dummy_prefix=True,
-            max_sentence_length=8 * LONGEST_LINE,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=3,
-            num_threads=1,
-            minloglevel=2,
-            **coverage,
-        )
-    except RuntimeError as e:
-        raise DataError(
-            f"tokenizer train --vocab-size {vocab_size}: {_last_line(e)}",
-            "the text holds enough different words to fill the vocabulary, and the vocabulary "
-            "holds the special pieces, the bytes (256) or characters, and some merges",
-            "give more text, or another --vocab-size",
-        ) from e
-    return Tokenizer(writer.getvalue(), "trained")
-
-
-def _last_line(e: RuntimeError) -> str:
-    return (str(e).strip().splitlines() or ["training failed"])[-1]
+    lines = _lines(inputs, text_key, limit_mb)
+    return Tokenizer(train(lines, vocab_size, byte_fallback, 8 * LONGEST_LINE), "trained")
 
 
 def _lines(inputs: list[str], text_key: str, limit_mb: int | None) -> Iterator[str]:
@@ -185,7 +145,7 @@ def _run_train(args: argparse.Namespace) -> int:
     card = _card(
         Path(args.out).stem,
         f"Trained on {names} by\n\n```\n{shlex.join(command)}\n```\n\n"
-        f"(sentencepiece {sentencepiece.__version__}); the command gives this file again, byte for "
+        f"({LIBRARY}); the command gives this file again, byte for "
         "byte.",
         tokenizer,
         f"\n{density:.3f} bytes per token on its training text.\n",

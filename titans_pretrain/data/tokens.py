@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from titans_pretrain.errors import DataError
 
+LIBRARY = f"sentencepiece {sentencepiece.__version__}"
 PIECE = 1 << 16  # characters encoded at a time
 
 
@@ -175,3 +177,46 @@ def _single_space(text: str, begin: int, end: int) -> int:
             return -1
         if not text[place - 1].isspace() and not text[place + 1].isspace():
             return place
+
+
+def train(lines: Iterable[str], vocab_size: int, byte_fallback: bool, longest: int) -> bytes:
+    """A BPE model of the lines (`longest` bytes at most), serialised.
+
+    Identity normalisation, digits split, no whitespace removed: decoding gives back the text.
+    One thread, no sampling and no path in the model: the same lines give the same bytes. Raises
+    DataError where they cannot fill the vocabulary.
+    """
+    writer = io.BytesIO()
+    # Newlines never reach the trainer (they end its sentences): bytes stand for them, or a symbol.
+    coverage: dict[str, Any] = {"byte_fallback": True, "character_coverage": 0.9995}
+    if not byte_fallback:
+        coverage = {"user_defined_symbols": ["\n"], "character_coverage": 1.0}
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=writer,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            add_dummy_prefix=True,
+            max_sentence_length=longest,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            num_threads=1,
+            minloglevel=2,
+            **coverage,
+        )
+    except RuntimeError as e:
+        why = (str(e).strip().splitlines() or ["training failed"])[-1]
+        raise DataError(
+            f"tokenizer train --vocab-size {vocab_size}: {why}",
+            "the text holds enough different words to fill the vocabulary, and the vocabulary "
+            "holds the special pieces, the bytes (256) or characters, and some merges",
+            "give more text, or another --vocab-size",
+        ) from e
+    return writer.getvalue()
