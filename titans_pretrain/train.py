@@ -54,7 +54,7 @@ def run_training(
     Raises:
         TitansError: the same kind on every rank.
     """
-    with stop_request() as stop, contextlib.ExitStack() as leaving:
+    with stop_request() as stop, contextlib.ExitStack() as leaving, lost_peers_told():
         world = start_world(config.train)
         leaving.callback(world.shut_down)
         layout = plan_layout(config, world.size)
@@ -94,6 +94,25 @@ def run_training(
             return EXIT_SAVED
         log.info("done: %d steps, %s tokens", at.step, f"{at.tokens:,}")
         return EXIT_DONE
+
+
+@contextlib.contextmanager
+def lost_peers_told() -> Iterator[None]:
+    """A peer that is gone is a node fault (exit 76): torch tells it as a plain RuntimeError."""
+    try:
+        yield
+    except RuntimeError as e:
+        gone = isinstance(e, torch.distributed.DistError) or any(
+            word in str(e) for word in ("closed by peer", "reset by peer", "refused", "imed out")
+        )
+        if not gone:
+            raise
+        raise NodeError(
+            f"lost another rank: {str(e).strip().splitlines()[0]}",
+            "all ranks live as long as the run",
+            "the first rank to fail says why (logs/); start again: the run goes on from its last "
+            "checkpoint",
+        ) from e
 
 
 def due(step: int, every: int, last: int) -> bool:

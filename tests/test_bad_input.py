@@ -1,0 +1,192 @@
+"""What a run says, and with which exit code, when something outside it is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.prepared import small_dataset, small_run
+from tests.worlds import run_world
+from titans_pretrain.config import parse_config
+from titans_pretrain.errors import EXIT_SAVED, TitansError
+from titans_pretrain.run import checkpoint
+from titans_pretrain.run.folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_dataset(tmp_path_factory.mktemp("prepared"))
+
+
+def attempt(
+    tree: dict[str, Any], stop_after: int | None = None, init_from: str | None = None
+) -> tuple[int, str]:
+    from titans_pretrain.train import run_training
+
+    try:
+        config = parse_config(tree, "test")
+        return run_training(config, stop_after=stop_after, init_from=init_from), ""
+    except TitansError as e:
+        return e.exit_code, str(e)
+
+
+def refused(ranks: int, tree: dict[str, Any], *arguments: Any) -> tuple[int, str]:
+    """The refusal, which all ranks must share."""
+    results = run_world(attempt, ranks, tree, *arguments)
+    assert len({code for code, _ in results}) == 1, results
+    assert all(message.count("rule:") == 1 and "remedy:" in message for _, message in results)
+    return results[0]
+
+
+def small(folder: Path, data: Path, **changes: Any) -> dict[str, Any]:
+    quick = {"model__variant": "transformer", "train__steps": 4, "validation__every": 0}
+    return small_run(folder, data, **(quick | changes))
+
+
+def test_cuda_where_there_is_none(data: Path, tmp_path: Path) -> None:
+    code, message = refused(2, small(tmp_path / "run", data, train__device="cuda"))
+    assert code == 2 and "train.device=cuda" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_do_not_share_the_batch(data: Path, tmp_path: Path) -> None:
+    code, message = refused(3, small(tmp_path / "run", data))
+    assert code == 2 and "3 data-parallel ranks" in message
+
+
+def test_missing_data(tmp_path: Path) -> None:
+    code, message = refused(2, small(tmp_path / "run", tmp_path / "nowhere"))
+    assert code == 3 and "nowhere" in message
+
+
+def test_vocabulary_smaller_than_the_tokenizer_s(data: Path, tmp_path: Path) -> None:
+    code, message = refused(2, small(tmp_path / "run", data, model__vocab_size=100))
+    assert code in (2, 3) and "100" in message and "340" in message
+
+
+def test_run_folder_in_use(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with RunFolder(folder).take():
+        before = sorted(p.name for p in folder.rglob("*"))
+        code, message = refused(2, small(folder, data))
+        assert code == 2 and "in use" in message
+        assert sorted(p.name for p in folder.rglob("*")) == before
+
+
+def test_what_changed_since_the_checkpoint(data: Path, tmp_path: Path) -> None:
+    tree = small(tmp_path / "run", data)
+    assert run_world(attempt, 1, tree, 2) == [(EXIT_SAVED, "")]
+    folder = checkpoint.folder_of(tmp_path / "run" / "checkpoints", 2)
+    content = checkpoint.content_sha256(folder)
+
+    code, message = refused(1, small(tmp_path / "run", data, data__sequence_length=128))
+    assert code == 3 and "seq_len: was 64, is 128" in message
+    code, message = refused(1, small(tmp_path / "run", data, model__width=64))
+    assert code == 2 and "model.width: 32 in the checkpoint, 64 here" in message
+    (tmp_path / "other").mkdir()
+    other = small_dataset(tmp_path / "other", documents=30)
+    code, message = refused(2, small(tmp_path / "run", other))
+    assert code == 3 and "manifest: was" in message
+    assert checkpoint.content_sha256(folder) == content
+    # Said on purpose, the run goes on with the new data.
+    allowed = small(tmp_path / "run", other, data__allow_changed=True)
+    assert run_world(attempt, 1, allowed) == [(0, "")]
+
+
+def test_a_damaged_shard_stops_every_rank_and_keeps_the_checkpoint(
+    data: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    tree = small(tmp_path / "run", copy, train__steps=200, data__workers=1)
+    assert run_world(attempt, 2, tree, 2) == [(EXIT_SAVED, "")] * 2
+    shard = sorted(copy.glob("train-*.tar"))[1]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    code, message = refused(2, tree)
+    assert code == 3 and shard.name in message
+    assert checkpoint.list_steps(tmp_path / "run" / "checkpoints")[0] == 2
+
+
+def full_disk(tree: dict[str, Any], what: str) -> tuple[int, str]:
+    """The disk fills up while the run is under way; seen by rank 0 alone."""
+    from titans_pretrain.run import files, metrics
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if what == "metrics":
+        append = metrics.Metrics._append
+
+        def later(self: Any, line: bytes) -> None:
+            if json.loads(line)["step"] == 3:
+                refuse()
+            append(self, line)
+
+        metrics.Metrics._append = later  # type: ignore[method-assign]
+    else:
+        files.atomic_write = refuse  # type: ignore[assignment]
+        checkpoint._write = refuse  # type: ignore[assignment]
+    return attempt(tree)
+
+
+@pytest.mark.parametrize("what", ["metrics", "checkpoint"])
+def test_a_full_disk_ends_every_rank_with_76(what: str, data: Path, tmp_path: Path) -> None:
+    tree = small(tmp_path / "run", data, checkpoint__every_steps=2 if what == "metrics" else 0)
+    for code, message in run_world(full_disk, 2, tree, what):
+        assert code == 76 and "No space left" in message
+    left = checkpoint.list_steps(tmp_path / "run" / "checkpoints")
+    assert left == ([2] if what == "metrics" else [])
+    # With room again, the same command finishes the run.
+    assert run_world(attempt, 2, tree) == [(0, "")] * 2
+
+
+def test_init_from_what_is_no_checkpoint(data: Path, tmp_path: Path) -> None:
+    code, message = refused(2, small(tmp_path / "run", data), None, str(tmp_path))
+    assert code == 3 and "checksums.json" in message
+
+
+def test_divergence_ends_every_rank_with_4_and_keeps_the_checkpoint(
+    data: Path, tmp_path: Path
+) -> None:
+    tree = small(tmp_path / "run", data, train__steps=40, checkpoint__every_steps=1)
+    code, message = refused(2, tree | {"optim": {"lr": 1e25, "clip": 1e30}})
+    assert code == 4
+    assert "loss and gradients are finite" in message and "samples" in message
+    step = int(message.split(":")[0].removeprefix("step "))
+    assert checkpoint.list_steps(tmp_path / "run" / "checkpoints")[-1] == step - 1
+
+
+class Gone(Exception):
+    pass
+
+
+def leave_at_step_3(tree: dict[str, Any]) -> tuple[int, str]:
+    """Rank 1 goes away between two steps, without a word to the others."""
+    from titans_pretrain import step
+
+    call = step.TrainStep.__call__
+
+    def vanish(self: Any, batches: Any, number: int, *rest: Any) -> Any:
+        if number == 3 and self.world.rank == 1:
+            raise Gone
+        return call(self, batches, number, *rest)
+
+    step.TrainStep.__call__ = vanish  # type: ignore[method-assign]
+    try:
+        return attempt(tree)
+    except Gone:
+        return -1, "gone"
+
+
+def test_a_lost_peer_is_a_node_fault(data: Path, tmp_path: Path) -> None:
+    tree = small(tmp_path / "run", data, train__steps=40, checkpoint__every_steps=2)
+    (code, message), (gone, _) = run_world(leave_at_step_3, 2, tree)
+    assert gone == -1
+    assert code == 76 and "lost another rank" in message
+    assert run_world(attempt, 2, tree) == [(0, "")] * 2

@@ -1,0 +1,99 @@
+"""Bad configuration: each mistake gets its value, the rule and the remedy."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from titans_pretrain.config import dump_config, load_config, parse_config
+from titans_pretrain.errors import ConfigError
+
+BASE = "folder: runs/x\ndata: {sources: {a: {path: d}}, sequence_length: 512}\n"
+
+BAD = {
+    "model.headz=3": ("model.headz=3", "did you mean model.heads?"),
+    "optim.learning_rate=3": ("optim.learning_rate=3", "remove optim.learning_rate"),
+    "chunk=3": ("chunk=3", "did you mean model.memory.chunk?"),
+    "model.heads=7 model.width=100": ("width=100, heads=7", "heads=5"),
+    "model.width=30 model.heads=10": ("width/heads=3", "change width or heads"),
+    "model.segment=100": ("segment=100, memory.chunk=16", "segment=96"),
+    "data.sequence_length=500": ("data.sequence_length=500", "data.sequence_length=496"),
+    "model.memory.chunk=0": ("model.memory.chunk=0", "change model.memory.chunk"),
+    "model.memory.chunk=24 data.sequence_length=480 model.segment=48": (
+        "model.memory.chunk=24",
+        "use one of these chunks",
+    ),
+    "train.steps=-1": ("train.steps=-1", "change train.steps"),
+    "model.memory.depth=4": ("model.memory.depth=4", "change model.memory.depth"),
+    "optim.lr=fast": ("optim.lr='fast'", "change optim.lr"),
+    "model.variant=gpt": ("model.variant='gpt'", "change model.variant"),
+    "train.global_batch=9": ("train.global_batch=9", "micro_batch that divides it"),
+    "optim.schedule=wsd optim.decay_steps=2000": ("optim.decay_steps=2000", "shorten them"),
+    "optim.min_lr=1": ("optim.min_lr=1.0", "lower optim.min_lr"),
+    "data.sources={}": ("data.sources={}", "change data.sources"),
+    "nonsense": ("'nonsense'", "optim.lr=3e-4"),
+    "train.steps.more=1": ("steps is a value, not a section", "resolved config"),
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "c.yaml"
+    file.write_text(BASE + "train: {steps: 1000}\n")
+    return file
+
+
+@pytest.mark.parametrize("overrides", BAD)
+def test_each_mistake_is_told(overrides: str, path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides.split(" "))
+    value, remedy = BAD[overrides]
+    assert value in caught.value.value
+    assert remedy in caught.value.remedy
+    assert caught.value.rule
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("[1, 2]", "holds list"), ("a: [", "YAML"), (BASE.replace("runs/x", ""), "folder")],
+)
+def test_a_file_that_is_no_config(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_overrides_win_and_the_dump_is_the_same_config(path: Path) -> None:
+    config = load_config(path, ["optim.lr=1e-3", "model.memory.chunk=64", "data.workers=0"])
+    assert (config.optim.lr, config.model.memory.chunk, config.data.workers) == (1e-3, 64, 0)
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+def test_nothing_changes_a_config(path: Path) -> None:
+    config = load_config(path)
+    with pytest.raises(ValueError, match="frozen"):
+        config.optim.lr = 1.0  # type: ignore[misc]
+
+
+def test_every_shipped_config_is_valid_and_opens_with_its_command() -> None:
+    configs = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+    assert configs
+    for config in configs:
+        load_config(config)
+        opening = config.read_text().split("\nfolder:")[0]
+        for word in ("titans-pretrain train configs/" + config.name, "Duration", "Expect"):
+            assert word in opening, f"{config.name} does not open with {word!r}"
+
+
+def test_defaults_are_the_paper_s() -> None:
+    model: Any = parse_config({"folder": "x", "data": {"sources": {"a": {"path": "d"}}}}, "t").model
+    memory = model.memory
+    assert (memory.depth, memory.expansion, memory.activation, memory.chunk) == (2, 4, "gelu", 16)
+    assert (model.segment, model.persistent_tokens, memory.residual_norm) == (512, 128, True)
