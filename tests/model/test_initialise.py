@@ -145,6 +145,29 @@ def test_optimizer_groups() -> None:
     assert total == len(list(built("mac-learned").parameters()))
 
 
+def test_names_are_those_of_checkpoints() -> None:
+    names = [n for n, _ in TitansLM(config_of("mac", blocks=1), device="meta").named_parameters()]
+    memory = ["q", "k", "v", "q_conv", "k_conv", "v_conv", "gates", "read_norm", "out"]
+    assert sorted(names) == sorted(
+        [
+            "embedding.weight",
+            "blocks.0.mixer_norm.weight",
+            "blocks.0.mixer.persistent",
+            *(f"blocks.0.mixer.attention.{n}.weight" for n in "qkvo"),
+            *(f"blocks.0.mixer.memory.{n}.weight" for n in memory),
+            "blocks.0.mixer.memory.gates.bias",
+            "blocks.0.mixer.memory.initial.0",
+            "blocks.0.mixer.memory.initial.1",
+            "blocks.0.mixer.memory.inner_gain",
+            "blocks.0.mixer.memory.inner_bias",
+            "blocks.0.mlp_norm.weight",
+            *(f"blocks.0.mlp.{n}.weight" for n in ("gate", "up", "down")),
+            "final_norm.weight",
+            "head.weight",
+        ]
+    )
+
+
 def test_a_model_needs_its_vocabulary() -> None:
     with pytest.raises(ConfigError, match="vocab_size"):
         TitansLM(config_of("mac", vocab_size=None))

@@ -47,16 +47,18 @@ def test_one_block_equals_attention_written_out() -> None:
 
 def test_every_query_sees_a_key() -> None:
     """Pads too: a softmax over nothing is NaN on some devices."""
+    turn = {"head_width": 4, "rope_base": 10.0, "dtype": torch.float64}
+    cpu = torch.device("cpu")
+    leading = attention_plan(torch.tensor([[-1, 0, 1]]), None, window=None, device=cpu, **turn)
+    assert leading.mask[0, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
     for window in (None, 2):
         positions = torch.tensor([[-1, 3, 4, -1, 0, 1, -1], [0, 1, 2, 3, -1, -1, -1]])
         plan = attention_plan(
             positions,
             torch.tensor([[0, 1, 2], [0, 1, -1]]),
             window=window,
-            head_width=4,
-            rope_base=10.0,
-            dtype=torch.float64,
-            device=torch.device("cpu"),
+            device=cpu,
+            **turn,
         )
         assert plan.mask.any(-1).all()
         seen = plan.mask[0, 0].int().tolist()

@@ -124,12 +124,12 @@ class MacMixer(nn.Module):
             if carry and len(step.closing):
                 if frozen is None:
                     frozen = m.start(n).weights
-                ends = (memory, tails, frozen, segment, retrieved, query)
-                closed.append(_close(step, *ends))
+                closed.append(_close(step, memory, tails, frozen, segment, retrieved, query))
             if s + 1 < len(plan.steps):  # all documents that go on stand on a chunk boundary
-                n = plan.steps[s + 1].documents
-                memory = MemoryState(memory.weights, memory.momentum).rows(n)
-                tails = tuple(t[:n] for t in tails)
+                memory = MemoryState(memory.weights, memory.momentum)
+                if plan.steps[s + 1].documents < n:
+                    n = plan.steps[s + 1].documents
+                    memory, tails = memory.rows(n), tuple(t[:n] for t in tails)
         out = m.out(move(torch.cat(outputs), plan.tokens, plan.slots).view(*x.shape[:2], -1))
         if not carry:
             return out, None

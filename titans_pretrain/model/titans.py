@@ -93,6 +93,7 @@ class TitansLM(nn.Module):
         """Logits of the next token, and the streaming state after the last token.
 
         tokens, positions [B, T] int64; positions -1 at pads, where the logits mean nothing.
+        Positions are read on the CPU: leave them there when the tokens are elsewhere.
         state: what the last call returned for the same rows; rows whose first position is above 0
         continue exactly. carry=False returns None for the state and saves the work of forming it.
         Returns logits [B, T, V] and the state.
