@@ -29,17 +29,30 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def _pack(value: Any) -> bytes:
+    """By value: multiprocessing would hand tensors over as file descriptors, one each."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpack(content: bytes) -> Any:
+    import torch
+
+    return torch.load(io.BytesIO(content), weights_only=False)
+
+
 def _rank_main(
-    pipe: Connection, function: Callable[..., Any], env: dict[str, str], args: tuple[Any, ...]
+    pipe: Connection, function: Callable[..., Any], env: dict[str, str], args: bytes
 ) -> None:
     os.environ.update(env)
     try:
         import torch
 
         torch.set_num_threads(1)
-        buffer = io.BytesIO()  # tensors by value: their owner is about to leave
-        torch.save(function(*args), buffer)
-        pipe.send((True, buffer.getvalue()))
+        pipe.send((True, _pack(function(*_unpack(args)))))
         code = 0
     except BaseException:  # noqa: BLE001 - whatever it is, the test must see it
         pipe.send((False, traceback.format_exc()))
@@ -55,7 +68,7 @@ def run_world(
 
     Raises AssertionError with every rank's traceback, or when `timeout` seconds are over.
     """
-    port = str(free_port())
+    port, packed = str(free_port()), _pack(args)
     pipes, processes = [], []
     for rank in range(size):
         rank_env = {
@@ -69,7 +82,7 @@ def run_world(
             **(env or {}),
         }
         ours, theirs = _context.Pipe(duplex=False)
-        process = _context.Process(target=_rank_main, args=(theirs, function, rank_env, args))
+        process = _context.Process(target=_rank_main, args=(theirs, function, rank_env, packed))
         process.start()
         theirs.close()
         pipes.append(ours)
@@ -108,6 +121,4 @@ def run_world(
         if process.is_alive():
             process.kill()
     assert not failures, "\n".join(f"--- rank {r}: {why}" for r, why in sorted(failures.items()))
-    import torch
-
-    return [torch.load(io.BytesIO(results[r]), weights_only=False) for r in range(size)]
+    return [_unpack(results[r]) for r in range(size)]

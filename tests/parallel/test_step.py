@@ -78,9 +78,12 @@ def run_steps(config: RunConfig, reference: dict[int, Any], steps: list[int]) ->
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("variant", ["transformer", "lmm", "mac"])
+@pytest.mark.parametrize("variant", ["transformer", "tied", "lmm", "mac"])
 def test_every_gradient_and_update_equals_one_plain_process(ranks: int, variant: str) -> None:
-    config = tiny_config(model__variant=variant)
+    config = tiny_config(
+        model__variant="transformer" if variant == "tied" else variant,
+        model__tied_embeddings=variant == "tied",
+    )
     plain = PlainRun(config)
     begin = plain.weights()
     reference: dict[int, Any] = {}
