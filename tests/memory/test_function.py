@@ -68,7 +68,8 @@ def test_gradcheck(depth: int, norm: bool, decay_to: str, read: str) -> None:
         return (y, *state.weights, *state.momentum, *(state.anchor or ()))
 
     leaves = [x.clone().requires_grad_() for x in case.leaves.values()]
-    assert torch.autograd.gradcheck(f, leaves, eps=1e-6, atol=1e-7, rtol=1e-5)
+    fast = depth == 3  # random projections of the Jacobian
+    assert torch.autograd.gradcheck(f, leaves, eps=1e-6, atol=1e-7, rtol=1e-5, fast_mode=fast)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 16])
