@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -54,7 +54,6 @@ def test_packed_documents_equal_the_documents_alone(case: str) -> None:
     check_equal_alone(hot_model(config), packed(ROWS, config.alignment))
 
 
-@settings(max_examples=8)
 @given(
     rows=st.lists(st.lists(st.integers(1, 13), min_size=1, max_size=4), min_size=1, max_size=3),
     case=st.sampled_from([c for c in CASES if c.startswith("mac")]),

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.model.helpers import (
@@ -44,6 +46,25 @@ def test_pieces_equal_one_pass(case: str, cuts: list[int]) -> None:
     with torch.no_grad():
         whole, _ = model(tokens, positions)
         cut = pieces(model, tokens, positions, cuts)
+    assert (whole - cut)[positions >= 0].abs().max() < 1e-10
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(1, 13), min_size=1, max_size=4), min_size=1, max_size=3),
+    cuts=st.sets(st.integers(1, 40), min_size=1, max_size=6),
+    case=st.sampled_from([*CASES]),
+)
+def test_any_pieces_of_any_rows_equal_one_pass(
+    rows: list[list[int]], cuts: set[int], case: str
+) -> None:
+    config = config_of(case)
+    model = hot_model(config)
+    positions = packed(rows, config.alignment)
+    tokens = tokens_like(positions)
+    with torch.no_grad():
+        whole, _ = model(tokens, positions)
+        inside = sorted(c for c in cuts if c < positions.shape[1])
+        cut = pieces(model, tokens, positions, inside)
     assert (whole - cut)[positions >= 0].abs().max() < 1e-10
 
 
