@@ -118,22 +118,39 @@ def command(config: Path, *arguments: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_signals_to_the_launcher_save_and_leave_with_75(
-    number: int, data: Path, tmp_path: Path
+@pytest.mark.parametrize("group", [False, True], ids=["launcher", "group"])
+def test_signals_save_and_leave_with_75(
+    number: int, group: bool, data: Path, tmp_path: Path
 ) -> None:
-    tree = small_run(tmp_path / "run", data, train__steps=100_000)
+    """Sent to the launcher alone, or to everything it started, loaders too (as Ctrl-C does)."""
+    tree = small_run(
+        tmp_path / "run",
+        data,
+        model__variant="transformer",
+        train__steps=100_000,
+        validation__every=0,
+        data__workers=2,
+    )
     config = write_config(tmp_path / "config.yaml", tree)
     process = subprocess.Popen(
-        command(config, "--ranks", "2"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(config, "--ranks", "2"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
     end = time.monotonic() + 90
     while time.monotonic() < end and not (metrics.exists() and metrics.read_text().count("\n") > 5):
         time.sleep(0.05)
         assert process.poll() is None, process.communicate()[0]
-    process.send_signal(number)
+    if group:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_SAVED, output
+    assert "Traceback" not in output
     (step,) = checkpoint.list_steps(tmp_path / "run" / "checkpoints")
     steps = [r["step"] for r in read_records(metrics)]
     assert steps == list(range(1, step + 1))

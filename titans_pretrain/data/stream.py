@@ -7,6 +7,8 @@ next sample number and the intervals to skip: the same on every rank, whatever t
 
 from __future__ import annotations
 
+import contextlib
+import signal
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -224,6 +226,22 @@ class _Plan:
     def __iter__(self) -> Iterator[list[int]]:
         for samples, _ in self.stream._plan(self.state):
             yield samples.tolist()
+
+
+@contextlib.contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Processes started meanwhile never see the signals that ask a run to stop.
+
+    Such a signal often goes to the whole process group (Ctrl-C in a terminal, a scheduler's
+    warning). The rank then still finishes its step and saves; its loaders must live that long.
+    """
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+    )
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _as_read(rows: Any) -> Any:

@@ -56,7 +56,8 @@ class Stage(nn.Module):
 
     def forward(self, batch: Batch, device: torch.device) -> torch.Tensor:
         """[B, T] cross entropy of each label, fp32."""
-        logits, _ = self.model(batch.tokens.to(device), batch.positions.to(device), carry=False)
+        # The model plans from positions on the host: there they stay.
+        logits, _ = self.model(batch.tokens.to(device), batch.positions, carry=False)
         return self.token_loss(logits, batch.labels.to(device))
 
 
