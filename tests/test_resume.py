@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.prepared import small_dataset, small_run, write_config
 from tests.worlds import run_world
@@ -160,7 +161,14 @@ def test_signals_save_and_leave_with_75(
 @pytest.mark.slow
 def test_kill_9_then_the_same_command_goes_on(data: Path, tmp_path: Path) -> None:
     whole = small_run(tmp_path / "whole", data, train__steps=60)
-    tree = small_run(tmp_path / "run", data, train__steps=60, checkpoint__every_steps=10)
+    tree = small_run(
+        tmp_path / "run",
+        data,
+        train__steps=60,
+        checkpoint__every_steps=10,
+        log__tensorboard=True,
+        log__memory_every=7,
+    )
     assert run_world(train, 1, whole) == [EXIT_DONE]
     config = write_config(tmp_path / "config.yaml", tree)
     process = subprocess.Popen(command(config), stdout=subprocess.PIPE, text=True)
@@ -175,14 +183,18 @@ def test_kill_9_then_the_same_command_goes_on(data: Path, tmp_path: Path) -> Non
     process.communicate(timeout=60)
     done = subprocess.run(command(config), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == EXIT_DONE, done.stderr
-    assert curve(tree["folder"]) == [
-        (*r[:3], e[3]) for r, e in zip(curve(whole["folder"]), curve(tree["folder"]), strict=True)
-    ]
+    assert curve(tree["folder"]) == curve(whole["folder"])
     assert content(tree["folder"]) == content(whole["folder"])
     lives = json.loads(
         (tmp_path / "run" / "checkpoints" / "step-00000060" / "state.json").read_text()
     )
     assert lives["life"] == 2
+    # TensorBoard shows the same one curve, and looking into the memory changed nothing.
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"scalars": 0}).Reload()
+    shown = [(event.step, event.value) for event in board.Scalars("train/loss")]
+    assert shown == [(step, pytest.approx(loss)) for step, loss, *_ in curve(tree["folder"])]
+    drift = next(tag for tag in board.Tags()["scalars"] if "drift" in tag)
+    assert [event.step for event in board.Scalars(drift)] == list(range(7, 61, 7))
 
 
 def init_from(tree: dict[str, Any], source: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,6 +34,16 @@ class StepReport:
     by_source: dict[int, float]  # source index -> nats a label, this rank's samples summed over all
     stop: bool  # some rank was asked to stop
     seconds: dict[str, float]  # this rank's wall time by phase
+
+
+@dataclass(frozen=True)
+class Progressed:
+    """How far a run has come; what a checkpoint holds beside tensors."""
+
+    step: int  # optimizer steps done
+    tokens: int  # labels trained on
+    data: dict[str, Any]  # the stream's state: what the next step reads
+    validation_loss: float | None = None  # measured at this very step
 
 
 def build_model(

@@ -25,22 +25,12 @@ from titans_pretrain.run import checkpoint
 from titans_pretrain.run.console import open_log
 from titans_pretrain.run.folder import RunFolder
 from titans_pretrain.run.signals import stop_request
-from titans_pretrain.step import TrainStep
+from titans_pretrain.step import Progressed, TrainStep
 from titans_pretrain.watch import Watch
 
 log = logging.getLogger("titans_pretrain.train")
 
 VERSIONED = ("torch", "deepspeed", "megatron-core", "numpy", "webdataset", "sentencepiece")
-
-
-@dataclass(frozen=True)
-class Progressed:
-    """How far a run has come; what a checkpoint holds beside tensors."""
-
-    step: int  # optimizer steps done
-    tokens: int  # labels trained on
-    data: dict[str, Any]  # the stream's state: what the next step reads
-    validation_loss: float | None = None  # measured at this very step
 
 
 def run_training(
@@ -77,12 +67,13 @@ def run_training(
             waited = time.perf_counter() - began
             with watch.memory(at.step + 1):
                 report = step(micro_batches, at.step + 1)
+            took = time.perf_counter() - began
             at = Progressed(at.step + 1, at.tokens + report.tokens, data)
             if due(at.step, config.validation.every, config.train.steps):
                 at = replace(at, validation_loss=validate(config, world, step, stream))
             minutes = (time.monotonic() - saved_time) / 60
             timed = config.checkpoint.every_minutes and minutes >= config.checkpoint.every_minutes
-            trouble = watch.record(at, report, time.perf_counter() - began, waited)
+            trouble = watch.record(at, report, took, waited)
             stopping, timed = agree_to_go_on(world, trouble, stop.requested, bool(timed))
             leave = stopping or at.step >= last
             if leave or timed or due(at.step, config.checkpoint.every_steps, 0):

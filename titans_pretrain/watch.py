@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -19,10 +18,7 @@ from titans_pretrain.parallel.world import World
 from titans_pretrain.run.console import Progress
 from titans_pretrain.run.folder import RunFolder
 from titans_pretrain.run.metrics import Metrics
-from titans_pretrain.step import StepReport
-
-if TYPE_CHECKING:
-    from titans_pretrain.train import Progressed
+from titans_pretrain.step import Progressed, StepReport
 
 logger = logging.getLogger("titans_pretrain.watch")
 

@@ -14,17 +14,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 
-def install() -> None:
-    """Makes `torch.cuda.current_device` and `synchronize`, which Megatron calls, answer on a CPU.
-
-    `torch.cuda.is_available()` stays false and nothing else is touched.
-    """
-    if torch.cuda.is_available():
-        return
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda device=None: None
-
-
 class _CudaLiteralToCpu(TorchFunctionMode):
     """Rewrites a literal `device="cuda"`, which Megatron's schedules hard-code."""
 

@@ -15,7 +15,6 @@ from megatron.core import parallel_state
 
 from titans_pretrain.config import TrainConfig
 from titans_pretrain.errors import ConfigError, TitansError
-from titans_pretrain.parallel import compat
 
 T = TypeVar("T")
 
@@ -131,7 +130,6 @@ def start_world(train: TrainConfig, timeout_s: float = 1800) -> World:
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
     # DeepSpeed reads these even where the process group is already there.
     env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = str(rank), str(size), str(local_rank)
-    compat.install()
     torch.manual_seed(train.seed)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = dist.HashStore() if "MASTER_ADDR" not in env and size == 1 else None

@@ -1,0 +1,44 @@
+"""Canaries: each shim is still needed. When one of these fails, delete the shim it speaks of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.parallel.test_step import start
+from tests.parallel.tiny import micro_batches, tiny_config
+from tests.worlds import run_world
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="cuda: the shims do nothing")
+
+
+def without(shim: str) -> str:
+    import contextlib
+
+    from titans_pretrain.parallel import compat
+
+    if shim == "cuda_literals":
+        compat.cuda_literals = contextlib.nullcontext  # type: ignore[assignment]
+    config = tiny_config()
+    world, step = start(config)
+    try:
+        step(micro_batches(config, 1, world.rank, world.size), 1)
+    except (AssertionError, RuntimeError) as e:
+        return str(e)
+    return ""
+
+
+def test_megatron_s_schedules_still_name_cuda() -> None:
+    (told,) = run_world(without, 1, "cuda_literals")
+    assert "CUDA" in told
+    assert run_world(without, 1, "nothing") == [""]
+
+
+def shared_memory_build_offered() -> bool:
+    import deepspeed.ops
+
+    return bool(deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"])
+
+
+def test_deepspeed_would_still_compile_its_collectives() -> None:
+    assert run_world(shared_memory_build_offered, 1) == [True]
