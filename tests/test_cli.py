@@ -13,6 +13,7 @@ import pytest
 from titans_pretrain import cli
 from titans_pretrain.errors import DivergedError
 from titans_pretrain.run import signals
+from titans_pretrain.run.folder import RunFolder
 
 ENGINES = ("torch", "deepspeed", "megatron", "webdataset", "matplotlib", "tensorboard")
 
@@ -176,3 +177,54 @@ def test_the_console_script_is_installed():
     out = subprocess.run([script, "--help"], capture_output=True, text=True, timeout=60)
     assert out.returncode == 0
     assert "usage: titans-pretrain" in out.stdout
+
+
+def test_a_run_folder_in_use_is_refused_before_any_engine_is_imported(config, tmp_path):
+    folder = tmp_path / "run"
+    with RunFolder(folder).take():
+        before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+        for extra in ([], ["--ranks", "2"]):
+            out = _cli("train", str(config), *extra)
+            assert out.returncode == 2
+            assert f"run folder in use: {folder} is held by life 1" in out.stderr
+            assert f"kill {os.getpid()}" in out.stderr
+            assert out.stdout.splitlines() == ["loaded"]
+        assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+def test_of_several_ranks_none_is_refused_alone(config, trainer, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with RunFolder(tmp_path / "run").take():
+        assert cli.main(["train", str(config)]) == 75  # the trainer decides, with all ranks
+
+
+def _into_closed_pipe(code, *arguments, error=False):
+    """Runs `code` writing to a pipe that nobody reads: (exit code, what stderr holds)."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=writer,
+        stderr=writer if error else subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    _, told = process.communicate(timeout=60)
+    return process.returncode, told
+
+
+COMMAND = "import sys; from titans_pretrain.cli import main; sys.exit(main())"
+
+
+def test_a_reader_that_leaves_is_no_error(config):
+    assert _into_closed_pipe(COMMAND, "--help") == (0, "")
+    # More than the buffer of stdout holds: cut short in the middle.
+    wordy = "from titans_pretrain import cli; cli._inspect = lambda _: print('x' * 9**6); "
+    assert _into_closed_pipe(wordy + COMMAND, "inspect", "x") == (141, "")
+    # A pipe of the program's own is another matter.
+    own = "import os; from titans_pretrain import cli; r, w = os.pipe(); os.close(r); "
+    own += "cli._inspect = lambda _: os.write(w, b'x'); sys.stdout = sys.stderr; "
+    code, told = _into_closed_pipe("import sys; " + own + COMMAND, "inspect", "x")
+    assert code == 1 and "BrokenPipeError" in told
+    # An error that nobody reads keeps its exit code.
+    assert _into_closed_pipe(COMMAND, "train", str(config), "x.y=1", error=True)[0] == 2

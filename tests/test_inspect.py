@@ -1,13 +1,22 @@
 """What `inspect` says of prepared data, a run folder, and a path that is nothing."""
 
+import hashlib
 import json
+import re
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.prepared import small_dataset, small_run, write_config
+from tests.worlds import run_world
 from titans_pretrain import cli
+from titans_pretrain.config import load_config, parse_config
 from titans_pretrain.errors import ConfigError, DataError
 from titans_pretrain.inspect_command import inspect
+from titans_pretrain.model.counts import parameter_count
+from titans_pretrain.run.checkpoint import content_sha256
 from titans_pretrain.run.folder import RunFolder
 from titans_pretrain.run.metrics import Metrics
 
@@ -48,6 +57,43 @@ def test_a_run_tells_its_life_checkpoints_and_last_record(tmp_path):
         "  last record: step 3, 4,096 tokens",
         f"    {'train/loss':<24} 2.5",
     ]
+
+
+def trained(tree: dict[str, Any]) -> int:
+    from titans_pretrain.train import run_training
+
+    return run_training(parse_config(tree, "test"), stop_after=2)
+
+
+def test_a_checkpoint_tells_its_content_and_what_differs_now(tmp_path, recwarn):
+    tree = small_run(tmp_path / "run", small_dataset(tmp_path))
+    assert run_world(trained, 2, tree) == [75, 75]
+    folder = tmp_path / "run" / "checkpoints" / "step-00000002"
+    told = inspect(folder)
+    assert inspect(folder.parent) == told  # the latest
+    assert [str(w.message) for w in recwarn] == []
+    facts = dict(re.findall(r"^  (\w+(?: \w+)?)  +(.*)$", told, re.MULTILINE))
+    assert facts["step"] == "2 of 100"
+    assert facts["model"] == "mac, 2 blocks, width 32, 2 heads, 340 pieces"
+    config = tmp_path / "run" / "config.yaml"
+    parameters = sum(parameter_count(load_config(config).model).values())
+    assert facts["parameters"] == f"{parameters:,}"
+    assert facts["content sha256"] == content_sha256(folder)
+    assert facts["files"].endswith("all as in checksums.json")
+    assert "next_sample 16" in facts["data position"]
+    assert "differs" not in told
+
+    write_config(config, tree | {"optim": {"lr": 0.5}})
+    state = json.loads((folder / "state.json").read_text())
+    text = json.dumps(state | {"versions": {"torch": "1.0"}})
+    (folder / "state.json").write_text(text)
+    checksums = json.loads((folder / "checksums.json").read_text())
+    checksums["state.json"] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "checksums.json").write_text(json.dumps(checksums))
+    told = inspect(folder)
+    assert facts["content sha256"] in told  # neither changes the training state
+    assert f"config differs   optim.lr: 0.003 here, 0.5 in {config}" in told
+    assert f"version differs  torch: 1.0 then, {version('torch')} now" in told
 
 
 def test_other_paths_are_config_errors(tmp_path):

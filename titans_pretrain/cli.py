@@ -6,11 +6,15 @@ Exit codes: see errors.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import select
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from titans_pretrain.errors import ConfigError, TitansError
 
@@ -28,16 +32,47 @@ _BENCHMARKS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    code = 128 + signal.SIGPIPE
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+    except BrokenPipeError:
+        if not (_unread(sys.stdout) or _unread(sys.stderr)):
+            raise  # a pipe of our own
+    finally:
+        # `| head` has read enough: what is left goes nowhere, and Python's exit stays silent.
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code
+
+
+def _run(argv: Sequence[str]) -> int:
     try:
         args = _parse(argv)
         return args.run(args)
     except TitansError as e:
-        print(f"titans-pretrain: {e}", file=sys.stderr)
+        _complain(str(e))
         return e.exit_code
     except KeyboardInterrupt:
-        print("titans-pretrain: interrupted", file=sys.stderr)
-        return 130
+        _complain("interrupted")
+        return 128 + signal.SIGINT
+
+
+def _complain(what: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # nobody listens: the exit code still tells
+        print(f"titans-pretrain: {what}", file=sys.stderr)
+
+
+def _unread(stream: TextIO) -> bool:
+    """Whether `stream` is a pipe whose reader is gone."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):  # closed, or no file at all
+        return False
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -110,6 +145,7 @@ def _positive(text: str) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from titans_pretrain.config import load_config
+    from titans_pretrain.run.lock import refuse_if_held_here
 
     config = load_config(args.config, args.overrides)
     if args.ranks is not None:
@@ -119,6 +155,7 @@ def _train(args: argparse.Namespace) -> int:
                 "either this command starts the ranks or another launcher does",
                 "drop --ranks, or unset RANK",
             )
+        refuse_if_held_here(Path(config.folder))
         from titans_pretrain.launch.local import launch
 
         command = [sys.executable, "-m", "titans_pretrain", "train", args.config, *args.overrides]
@@ -127,6 +164,9 @@ def _train(args: argparse.Namespace) -> int:
         if args.init_from is not None:
             command += ["--init-from", args.init_from]
         return launch(command, args.ranks, logs=Path(config.folder) / "logs")
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        # Of several ranks none leaves alone: they agree on it later.
+        refuse_if_held_here(Path(config.folder))
     # Before torch is imported: a request to stop may come meanwhile.
     from titans_pretrain.run import signals
 

@@ -1,7 +1,9 @@
 """The console line's figures, and the log files of the ranks."""
 
+import io
 import logging
 import math
+import os
 import subprocess
 import sys
 
@@ -58,6 +60,22 @@ def test_each_rank_has_its_file_and_rank_0_the_console(tmp_path, capsys):
     assert folder.log(1).read_text().endswith("WARNING titans_pretrain.data: a module's word\n")
     assert capsys.readouterr().out == "first life\nsecond life\n"
     assert logging.getLogger("titans_pretrain").handlers == []
+
+
+def test_a_console_whose_reader_left_falls_silent_and_the_file_goes_on(tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with io.TextIOWrapper(io.FileIO(writer, "w"), write_through=True) as console:
+        monkeypatch.setattr(sys, "stdout", console)
+        told = io.StringIO()
+        monkeypatch.setattr(sys, "stderr", told)
+        log = open_log(RunFolder(tmp_path), 0)
+        log.info("one")
+        log.info("two")
+        close_log()
+    lines = RunFolder(tmp_path).log(0).read_text().splitlines()
+    assert [line.rsplit(" ", 1)[1] for line in lines] == ["one", "two"]
+    assert told.getvalue() == ""
 
 
 def test_a_log_that_cannot_be_opened_is_a_config_error(tmp_path):

@@ -24,6 +24,16 @@ class _RankFile(logging.FileHandler):
         super().handleError(record)
 
 
+class _Console(logging.StreamHandler):
+    """Falls silent when its reader goes (`| head`): the run goes on, its log file has it all."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            self.setLevel(logging.CRITICAL + 1)
+        else:
+            super().handleError(record)
+
+
 def open_log(folder: RunFolder, rank: int) -> logging.Logger:
     """The package's logger, writing to logs/rank-NNNNN.log, on rank 0 to the console as well.
 
@@ -39,7 +49,7 @@ def open_log(folder: RunFolder, rank: int) -> logging.Logger:
     file.setFormatter(logging.Formatter(_FORMAT))
     handlers: list[logging.Handler] = [file]
     if rank == 0:
-        handlers.append(logging.StreamHandler(sys.stdout))
+        handlers.append(_Console(sys.stdout))
     for handler in handlers:
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -228,13 +229,26 @@ def load_one(folder: Path, name: str, metadata: Metadata) -> torch.Tensor:
     entry = metadata.state_dict_metadata[name]
     assert isinstance(entry, TensorStorageMetadata)
     tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-    dcp.load(
-        {name: tensor},
-        storage_reader=_Reader(str(folder)),
-        planner=_LoadPlanner(flatten_state_dict=False),
-        no_dist=True,
-    )
+    with warnings.catch_warnings():
+        # "assuming the intent is to load in a single process", of no_dist=True: it is.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.load(
+            {name: tensor},
+            storage_reader=_Reader(str(folder)),
+            planner=_LoadPlanner(flatten_state_dict=False),
+            no_dist=True,
+        )
     return tensor
+
+
+def count_parameters(folder: Path) -> int:
+    """Numbers in the weights of a checkpoint; reads the metadata alone."""
+    tensors = read_metadata(folder).state_dict_metadata
+    return sum(
+        m.size.numel()
+        for name, m in tensors.items()
+        if name.startswith("model/") and isinstance(m, TensorStorageMetadata)
+    )
 
 
 def hash_tensors(folder: Path) -> str:

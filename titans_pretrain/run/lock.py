@@ -177,6 +177,17 @@ def newest_claim(folder: Path) -> Claim | None:
         return None
 
 
+def refuse_if_held_here(folder: Path) -> None:
+    """Raises ConfigError if a living process of this host holds the folder; writes nothing.
+
+    A first look, before anything slow: all other cases are for `RunLock.take` to judge.
+    """
+    with contextlib.suppress(OSError):
+        claim = newest_claim(folder)
+        if claim is not None and not claim.released and _lives_here(claim):
+            raise _in_use(folder, claim, claim.life, f"stop it: kill {claim.pid}")
+
+
 def _load(path: Path) -> Claim | None:
     """None: being written where hard links do not exist, or damaged."""
     try:
@@ -233,14 +244,11 @@ def _refuse_if_alive(folder: Path, life: int, bound: float) -> None:
         return  # cleared by a newer life: creating ours will show it
     if claim is not None and claim.released:
         return
-    here = claim is not None and claim.host == socket.gethostname()
-    if claim is not None and here and claim.boot and _boot():
-        if claim.boot != _boot():
-            return
-        if claim.namespace == _namespace() and claim.started:
-            if _started(claim.pid) != claim.started:
-                return
-            raise _in_use(folder, claim, life, f"stop it: kill {claim.pid}")
+    lives = _lives_here(claim) if claim is not None else None
+    if claim is not None and lives:
+        raise _in_use(folder, claim, life, f"stop it: kill {claim.pid}")
+    if lives is False:
+        return
     age = _age(folder, path)
     if age > bound:
         return
@@ -251,6 +259,17 @@ def _refuse_if_alive(folder: Path, life: int, bound: float) -> None:
         f"stop it, or, if it died (last sign of life {age:.0f} s ago), start again in "
         f"{max(1, round(bound - age))} s",
     )
+
+
+def _lives_here(claim: Claim) -> bool | None:
+    """Whether the claim's process lives on this host; None if that cannot be told from here."""
+    if claim.host != socket.gethostname() or not claim.boot or not _boot():
+        return None
+    if claim.boot != _boot():
+        return False
+    if claim.namespace != _namespace() or not claim.started:
+        return None
+    return _started(claim.pid) == claim.started
 
 
 def _in_use(folder: Path, claim: Claim | None, life: int, remedy: str) -> ConfigError:
