@@ -108,10 +108,10 @@ class Watch:
             "time/forward_backward_s": report.seconds["forward_backward"],
             "time/optimizer_s": report.seconds["optimizer"],
             "time/checkpoint_s": self.checkpoint_seconds,
-            "machine/resident_bytes": float(self._process.memory_info().rss),
+            "machine/resident_gib": self._process.memory_info().rss / 2**30,
         }
         if self.world.device.type == "cuda":
-            values["machine/cuda_peak_bytes"] = float(torch.cuda.max_memory_allocated())
+            values["machine/cuda_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         for index, name in enumerate(self.config.data.sources):
             if index in report.by_source:
                 values[f"train_loss_by_source/{name}"] = report.by_source[index]
@@ -120,5 +120,12 @@ class Watch:
             values["validation/perplexity"] = math.exp(min(at.validation_loss, 700.0))
         for layer, seen in self._seen.items():
             for what, value in seen.items():
-                values[f"memory_{what}/{layer}"] = float(value)
+                values[panel(what, layer)] = float(value)
         return values
+
+
+def panel(what: str, layer: str) -> str:
+    """The tag of a memory's figure, e.g. theta/p90 of blocks.3.mixer.memory:
+    memory_theta/blocks.3.p90. TensorBoard so shows one group a figure, layer after layer."""
+    figure, _, part = what.replace("surprise_untrained", "surprise/untrained").partition("/")
+    return f"memory_{figure}/{layer.removesuffix('.mixer.memory')}{part and '.' + part}"

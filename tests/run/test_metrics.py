@@ -53,7 +53,7 @@ def _check(folder, expected):
     assert [s for s, _ in curves["lr"]] == [s for s, _ in expected]
     by_tokens = _read(folder.tensorboard / "by_tokens")
     assert by_tokens["by_tokens/train_loss"] == [(s * TOKENS, v) for s, v in rounded]
-    assert set(by_tokens) == {"by_tokens/train_loss", "by_tokens/lr"}
+    assert set(by_tokens) == {"by_tokens/train_loss"}
 
 
 def test_a_run_without_interruption(tmp_path):

@@ -27,10 +27,8 @@ def run(tmp_path):
 def test_the_summary_gives_the_curves_ends_and_the_baselines(run):
     out = run.path / "curve.png"
     lines = plot_run(run.path, out, {"bigram": 5.0, "unigram": 5.5}).splitlines()
-    weights = [0.9**k for k in range(10)]
-    mean = sum(w * (5.0 + k / 10) for k, w in enumerate(weights)) / sum(weights)
     assert lines == [
-        f"training loss:   5.9000 (step 1) -> {mean:.4f} (step 10, smooth)",
+        "training loss:   5.9000 (step 1) -> 5.0500 (step 10, smooth)",  # of steps 9 and 10
         "validation loss: 5.2500 (step 10), lowest 5.2500 (step 10)",
         "unigram baseline: 5.5000 (0.2500 above the run)",
         "bigram baseline: 5.0000 (0.2500 below the run)",
@@ -40,15 +38,28 @@ def test_the_summary_gives_the_curves_ends_and_the_baselines(run):
 
 
 def test_the_figure_holds_the_curves_and_a_line_for_each_baseline():
-    training, validation = [(1, 4.0), (2, 2.0)], [(2, 3.0)]
+    training, validation = [(1, 4.0), (2, 2.0), (3, 3.0)], [(2, 3.0)]
     axes = draw(training, validation, {"unigram": 5.0, "bigram": 3.5}).axes[0]
     drawn = [list(zip(*line.get_data())) for line in axes.lines]
     assert drawn[0] == training
-    assert drawn[1] == smooth(training) == [(1, 4.0), (2, pytest.approx((3.6 + 2) / 1.9))]
+    assert drawn[1] == smooth(training) == [(1, 4.0), (2, 3.0), (3, 2.5)]
     assert drawn[2] == validation
     assert [line.get_ydata()[0] for line in axes.lines[3:]] == [5.0, 3.5]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["training", "validation", "unigram (5.000)", "bigram (3.500)"]
+    assert labels == [
+        "training, smoothed (2.500)",
+        "validation (3.000)",
+        "unigram baseline (5.000)",
+        "bigram baseline (3.500)",
+    ]
+
+
+def test_the_smoothed_curve_lags_behind_no_slope():
+    line = [(step, 100.0 - step) for step in range(100)]
+    smoothed = smooth(line, side=10)
+    assert smoothed[:90] == [(s, pytest.approx(v)) for s, v in line[:90]]
+    assert smoothed[-1] == (99, pytest.approx(1 + 10 / 2))  # the mean of the last eleven
+    assert smooth([]) == []
 
 
 def test_a_run_without_losses_is_a_data_error(tmp_path, run):

@@ -2,9 +2,10 @@
 
 A line of metrics.jsonl is `{"step": int, "tokens": int, "time": Unix seconds, "values": {...}}`;
 `tokens` counts the training tokens up to that step. (A value that is not finite is written as
-Python's NaN or Infinity.) TensorBoard shows each value by step under its own name, and by tokens
-as `by_tokens/<name>` in the run `by_tokens`: a folder of its own, because TensorBoard drops what a
-resumed run repeats by step number, and there a step is a token count.
+Python's NaN or Infinity.) TensorBoard shows each value by step under its own name, and those of
+training and validation by tokens too, as `by_tokens/<name>` in the run `by_tokens`: a folder of its
+own, because TensorBoard drops what a resumed run repeats by step number, and there a step is a
+token count.
 
 Rank 0 alone holds a `Metrics`. After each `write` a kill -9 loses nothing that was written.
 """
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
+
+BY_TOKENS = ("train/", "validation/")  # groups that are compared at equal tokens
 
 _log = logging.getLogger(__name__)
 _EVENTS = re.compile(r"events\.out\.tfevents\.(\d+)\.")
@@ -94,8 +97,9 @@ class Metrics:
                 return
             for name, value in values.items():
                 self._by_step.add_scalar(name, value, step)
-                tag = "by_tokens/" + name.replace("/", "_")
-                self._by_tokens.add_scalar(tag, value, tokens)
+                if name.startswith(BY_TOKENS):
+                    tag = "by_tokens/" + name.replace("/", "_")
+                    self._by_tokens.add_scalar(tag, value, tokens)
             for name, tensor in (histograms or {}).items():
                 self._by_step.add_histogram(name, tensor, step)
             for name, figure in (figures or {}).items():

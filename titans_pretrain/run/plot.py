@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from titans_pretrain.errors import DataError
 from titans_pretrain.run.files import storage_error
@@ -15,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TRAINING, VALIDATION = "train/loss", "validation/loss"
-_SMOOTH = 0.9  # weight of the past in the smoothed training loss
 
 Curve = list[tuple[int, float]]
 
@@ -54,13 +56,18 @@ def curve(records: Sequence[Mapping[str, Any]], name: str) -> Curve:
     return [(r["step"], r["values"][name]) for r in records if name in r["values"]]
 
 
-def smooth(values: Curve, weight: float = _SMOOTH) -> Curve:
-    """Exponential moving average, corrected for its start."""
-    average, mass, out = 0.0, 0.0, []
-    for step, value in values:
-        average = weight * average + (1 - weight) * value
-        mass = weight * mass + (1 - weight)
-        out.append((step, average / mass))
+def smooth(values: Curve, side: int | None = None) -> Curve:
+    """The mean of each value and of `side` neighbours on each side (default: 1/40 of all).
+
+    Centred, so that it does not lag behind a steep start: there it takes in fewer, the same number
+    on each side. At the end only the right side runs short.
+    """
+    side = max(1, len(values) // 40) if side is None else side
+    sums = list(itertools.accumulate((v for _, v in values), initial=0.0))
+    out = []
+    for at, (step, _) in enumerate(values):
+        first, end = max(at - side, 0), min(at + min(side, at) + 1, len(values))
+        out.append((step, (sums[end] - sums[first]) / (end - first)))
     return out
 
 
@@ -70,25 +77,42 @@ def draw(
     """The figure: training loss (faint, and smoothed), validation loss, baselines as lines."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a screen, whatever the environment says
     axes = figure.subplots()
     if training:
         axes.plot(*zip(*training), color="tab:blue", alpha=0.25, linewidth=0.8)
-        axes.plot(*zip(*smooth(training)), color="tab:blue", label="training")
+        smoothed = smooth(training)
+        label = f"training, smoothed ({smoothed[-1][1]:.3f})"
+        axes.plot(*zip(*smoothed), color="tab:blue", label=label)
     if validation:
-        axes.plot(*zip(*validation), color="tab:orange", marker="o", ms=3, label="validation")
+        label = f"validation ({validation[-1][1]:.3f})"
+        axes.plot(*zip(*validation), color="tab:orange", marker="o", ms=4, label=label)
     for number, (name, loss) in enumerate(sorted(baselines.items(), key=lambda b: -b[1])):
         style = ("dashed", "dotted", "dashdot")[number % 3]
-        label = f"{name} ({loss:.3f})"
-        axes.axhline(loss, color="gray", linestyle=style, linewidth=1, label=label)
+        label = f"{name} baseline ({loss:.3f})"
+        axes.axhline(loss, color="dimgray", linestyle=style, linewidth=1.2, label=label)
+    perplexity = axes.secondary_yaxis("right", functions=(_exp, _log))
+    perplexity.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7), numticks=20))
+    perplexity.yaxis.set_major_formatter("{x:,.0f}")
+    perplexity.yaxis.set_minor_locator(NullLocator())
+    perplexity.set_ylabel("perplexity")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
+
+
+def _exp(loss: Any) -> Any:
+    return np.exp(np.minimum(loss, 700.0))
+
+
+def _log(perplexity: Any) -> Any:
+    return np.log(np.maximum(perplexity, 1e-300))
 
 
 def summary(training: Curve, validation: Curve, baselines: Mapping[str, float]) -> list[str]:
