@@ -66,10 +66,9 @@ bench: environment
 tensorboard: environment
 	$(BIN)/tensorboard --logdir $(dir $(RUN))
 
-# The tests that need a CUDA device, on a machine that has one.
-gpu-check: dev
-	$(BIN)/python -c "import torch; print(torch.cuda.get_device_name())"
-	$(BIN)/python -m pytest -m cuda $(ARGS)
+# Checks and times a machine with a CUDA GPU, in five minutes; leaves runs/gpu-check/report.md.
+gpu-check: environment
+	$(BIN)/titans-pretrain gpu-check $(ARGS)
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,6 +23,7 @@ from titans_pretrain.errors import ConfigError, TitansError
 _ELSEWHERE = {
     "prepare": ("text to token shards", "titans_pretrain.data.prepare_command"),
     "tokenizer": ("train, inspect or import a tokenizer", "titans_pretrain.data.tokenizer_command"),
+    "gpu-check": ("check and time this machine's GPU", "titans_pretrain.gpu_check"),
 }
 _BENCHMARKS = {
     "memory": "titans_pretrain.memory.benchmark",
