@@ -16,14 +16,19 @@ CORPUS = ROOT / "configs" / "corpus" / "books.jsonl.xz"
 TOKENIZER = ROOT / "tokenizers" / "demo.model"
 
 
-def small_dataset(folder: Path, documents: int = 40) -> Path:
-    """Prepares chapters cut to a few hundred characters each (one is kept whole)."""
-    text = folder / "text.jsonl"
+def short_text(text: Path, documents: int = 40) -> Path:
+    """Writes chapters cut to a few hundred characters each (one is kept whole) as JSON lines."""
     with lzma.open(CORPUS, "rt", encoding="utf-8") as source, text.open("w") as out:
         for i, line in zip(range(documents), source):
             whole = json.loads(line)["text"]
             cut = whole if i == 3 else whole[: 200 + 37 * i]
             out.write(json.dumps({"text": cut}) + "\n")
+    return text
+
+
+def small_dataset(folder: Path, documents: int = 40) -> Path:
+    """Prepares `short_text`."""
+    text = short_text(folder / "text.jsonl", documents)
     prepared = folder / "data"
     tokens = ["--member-tokens", "2000", "--shard-tokens", "6000", "--validation", "0.05"]
     arguments = ["prepare", str(text), "--out", str(prepared), "--tokenizer", str(TOKENIZER)]
