@@ -16,7 +16,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.prepared import small_dataset, small_run, write_config
-from tests.worlds import run_world
+from tests.worlds import free_port, run_world
 from titans_pretrain.config import parse_config
 from titans_pretrain.data.stream import TrainStream, batch_hash
 from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED
@@ -30,10 +30,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(tree: dict[str, Any], stop_after: int | None = None, kill_at: int = 0) -> int:
-    """One life of a run on this rank; with `kill_at`, a real SIGTERM once that step is logged."""
+    """One life of a run on this rank; with `kill_at`, a real SIGTERM to the last rank alone once
+    that step is logged."""
     from titans_pretrain.train import run_training
 
-    if kill_at:
+    if kill_at and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
         metrics = Path(tree["folder"]) / "metrics.jsonl"
 
         def send() -> None:
@@ -123,7 +124,7 @@ def command(config: Path, *arguments: str) -> list[str]:
 def test_signals_save_and_leave_with_75(
     number: int, group: bool, data: Path, tmp_path: Path
 ) -> None:
-    """Sent to the launcher alone, or to everything it started, loaders too (as Ctrl-C does)."""
+    """Sent to the launcher of two ranks alone, or to a rank and its loaders (as Ctrl-C does)."""
     tree = small_run(
         tmp_path / "run",
         data,
@@ -134,7 +135,7 @@ def test_signals_save_and_leave_with_75(
     )
     config = write_config(tmp_path / "config.yaml", tree)
     process = subprocess.Popen(
-        command(config, "--ranks", "2"),
+        command(config) if group else command(config, "--ranks", "2"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -156,6 +157,29 @@ def test_signals_save_and_leave_with_75(
     steps = [r["step"] for r in read_records(metrics)]
     assert steps == list(range(1, step + 1))
     assert f"saved at step {step} on request" in output
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_same_run(data: Path, tmp_path: Path) -> None:
+    runs = {}
+    for name, start in (
+        ("ranks", command(tmp_path / "ranks.yaml", "--ranks", "2")),
+        (
+            "torchrun",
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1"),
+                *("--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"),
+                *command(tmp_path / "torchrun.yaml")[1:],
+            ],
+        ),
+    ):
+        tree = small_run(tmp_path / name, data, train__steps=5, validation__every=0)
+        write_config(tmp_path / f"{name}.yaml", tree)
+        done = subprocess.run(start, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == EXIT_DONE, done.stderr
+        runs[name] = (curve(tree["folder"]), content(tree["folder"]))
+    assert runs["ranks"] == runs["torchrun"]
+    assert len(runs["ranks"][0]) == 5
 
 
 @pytest.mark.slow
