@@ -3,6 +3,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -235,3 +237,35 @@ def test_killed_worker_is_a_node_error(prepared):
     with pytest.raises(NodeError, match="data worker"):
         for _ in range(50):
             next(batches)
+
+
+SIGNALLED = """
+import itertools, os, signal, sys, time
+import psutil
+from tests.data.test_stream import stream
+batches = stream(sys.argv[1], workers=2).batches(stream(sys.argv[1]).start())
+first = next(batches)
+started = psutil.Process().children(recursive=True)
+assert len(started) >= 3, started  # two workers, and the process that they are forked from
+for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+    for process in started:
+        os.kill(process.pid, number)
+time.sleep(0.5)
+for _ in itertools.islice(batches, 20):
+    pass
+assert all(p.is_running() for p in started), started
+assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set(), "our own signals still arrive"
+batches.close()
+"""
+
+
+def test_workers_outlive_the_signals_that_ask_the_run_to_stop(prepared):
+    """A process of its own: workers of an earlier stream would have been started otherwise."""
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, str(prepared)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Generator, Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -193,7 +194,8 @@ class TrainStream:
             multiprocessing_context="forkserver",  # a fork after backward may hang
             generator=torch.Generator(),  # or the loader would draw from the global one
         )
-        rows = iter(loader)
+        with _stop_signals_blocked():
+            rows = iter(loader)  # starts the workers
         for _, after in self._plan(state):
             try:
                 read = next(rows)
@@ -235,10 +237,13 @@ def _stop_signals_blocked() -> Iterator[None]:
     Such a signal often goes to the whole process group (Ctrl-C in a terminal, a scheduler's
     warning). The rank then still finishes its step and saves; its loaders must live that long.
     """
-    before = signal.pthread_sigmask(
-        signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
-    )
+    stop = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stop)
     try:
+        # The processes behind the workers start here as well. The first of them is started by code
+        # that leaves two of the signals unblocked in this one.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, stop)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
