@@ -14,9 +14,12 @@ BAD = {
     "model.headz=3": ("model.headz=3", "did you mean model.heads?"),
     "optim.learning_rate=3": ("optim.learning_rate=3", "remove optim.learning_rate"),
     "chunk=3": ("chunk=3", "did you mean model.memory.chunk?"),
-    "model.heads=7 model.width=100": ("width=100, heads=7", "heads=5"),
-    "model.width=30 model.heads=10": ("width/heads=3", "change width or heads"),
-    "model.segment=100": ("segment=100, memory.chunk=16", "segment=96"),
+    "model.heads=7 model.width=100": ("model.width=100, model.heads=7", "try model.heads=5"),
+    "model.width=30 model.heads=10": (
+        "model.width/model.heads=3",
+        "change model.width or model.heads",
+    ),
+    "model.segment=100": ("model.segment=100, model.memory.chunk=16", "try model.segment=96"),
     "data.sequence_length=500": ("data.sequence_length=500", "data.sequence_length=496"),
     "model.memory.chunk=0": ("model.memory.chunk=0", "change model.memory.chunk"),
     "model.memory.chunk=24 data.sequence_length=480 model.segment=48": (
@@ -31,6 +34,8 @@ BAD = {
     "optim.schedule=wsd optim.decay_steps=2000": ("optim.decay_steps=2000", "shorten them"),
     "optim.min_lr=1": ("optim.min_lr=1.0", "lower optim.min_lr"),
     "data.sources={}": ("data.sources={}", "change data.sources"),
+    "optim.lr=.inf": ("optim.lr=inf", "change optim.lr"),
+    "model.memory.rule=titan": ("model.memory.rule='titan'", "change model.memory.rule"),
     "nonsense": ("'nonsense'", "optim.lr=3e-4"),
     "train.steps.more=1": ("steps is a value, not a section", "resolved config"),
 }
@@ -52,6 +57,16 @@ def test_each_mistake_is_told(overrides: str, path: Path) -> None:
     assert remedy in caught.value.remedy
     assert caught.value.rule
     assert caught.value.exit_code == 2
+
+
+def test_several_mistakes_are_told_at_once(path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["model.width=-3", "model.heads=-2", "optim.lrr=1"])
+    assert str(caught.value).splitlines() == [
+        f"config {path}: model.width=-3; model.heads=-2; optim.lrr=1: no such key",
+        "  rule:   input should be greater than 0; every key is known",
+        "  remedy: change model.width; change model.heads; did you mean optim.lr?",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -28,13 +28,15 @@ ALIGNMENTS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class MemoryConfig(Section):
     """The neural long-term memory (Titans, arXiv 2501.00663, section 3)."""
 
-    rule: str = "titans"
+    rule: Literal["titans"] = "titans"  # memory/rules.py
     depth: Annotated[int, Field(ge=1, le=3)] = 2
     expansion: Positive = 4  # hidden width of the memory MLP = expansion * head width
     activation: Literal["gelu", "silu"] = "gelu"
@@ -49,16 +51,17 @@ class MemoryConfig(Section):
 class ModelConfig(Section):
     """A stack of blocks; `variant` picks the wiring of its token mixer."""
 
-    variant: Literal["mac", "lmm", "transformer"] = "mac"
+    variant: Literal["mac", "mag", "mal", "lmm", "transformer"] = "mac"
     blocks: Positive = 12
     width: Positive = 768
     heads: Positive = 16
     mlp_width: Positive | None = None  # SwiGLU hidden width; default 8/3 width, rounded up to 64
     vocab_size: Positive | None = None  # default: the tokenizer's size, from the manifest
     tied_embeddings: bool = False
-    persistent_tokens: NonNegative = 128  # MAC: learned vectors before each segment
+    persistent_tokens: NonNegative = 128  # learned vectors before each document (MAC: segment)
     segment: Positive = 512  # MAC: tokens of one attention segment
-    window: Positive | None = None  # transformer: sliding window; default: the whole document
+    # Sliding window of attention; default: 2048 in MAG and MAL, the transformer's whole document.
+    window: Positive | None = None
     rope_base: PositiveFloat = 10_000.0
     norm_eps: PositiveFloat = 1e-5
     memory: MemoryConfig = MemoryConfig()
@@ -72,6 +75,13 @@ class ModelConfig(Section):
         return self.mlp_width or -(-8 * self.width // (3 * 64)) * 64
 
     @property
+    def attention_window(self) -> int | None:
+        """Tokens that attention sees back, itself included; None: the whole document."""
+        if self.variant in ("mag", "mal"):
+            return self.window or 2048
+        return self.window
+
+    @property
     def alignment(self) -> int:
         """Each packed document is padded to a multiple of so many tokens: the memory's chunk."""
         return 1 if self.variant == "transformer" else self.memory.chunk
@@ -80,24 +90,25 @@ class ModelConfig(Section):
     def _divides(self) -> ModelConfig:
         if self.width % self.heads:
             raise ValueError(
-                f"width={self.width}, heads={self.heads}; heads must divide width; "
-                f"try heads={_nearest_divisor(self.width, self.heads)}"
+                f"model.width={self.width}, model.heads={self.heads}; heads must divide width; "
+                f"try model.heads={_nearest_divisor(self.width, self.heads)}"
             )
         if self.head_width % 2:
             raise ValueError(
-                f"width/heads={self.head_width}; rotary embeddings need an even head width; "
-                "change width or heads"
+                f"model.width/model.heads={self.head_width}; rotary embeddings need an even head "
+                "width; change model.width or model.heads"
             )
         chunk = self.memory.chunk
         if self.variant == "mac" and self.segment % chunk:
             raise ValueError(
-                f"segment={self.segment}, memory.chunk={chunk}; a segment must be a whole number "
-                f"of chunks; try segment={max(chunk, self.segment // chunk * chunk)}"
+                f"model.segment={self.segment}, model.memory.chunk={chunk}; a segment must be a "
+                "whole number of chunks; "
+                f"try model.segment={max(chunk, self.segment // chunk * chunk)}"
             )
         if self.variant == "mac" and self.memory.retrieved == "pool2" and self.segment % 2:
             raise ValueError(
-                f"segment={self.segment}, memory.retrieved=pool2; queries are pooled by two; "
-                "use an even segment"
+                f"model.segment={self.segment}, model.memory.retrieved=pool2; queries are pooled "
+                "by two; use an even model.segment"
             )
         return self
 
@@ -120,8 +131,8 @@ class DataConfig(Section):
     def _one_source(cls, sources: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
         if len(sources) > 1:
             raise ValueError(
-                f"{len(sources)} sources ({', '.join(sources)}); a run reads one source; "
-                "prepare the texts together into one folder"
+                f"data.sources has {len(sources)} entries ({', '.join(sources)}); a run reads one "
+                "source; prepare the texts together into one folder"
             )
         return sources
 
@@ -282,26 +293,30 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError, where: str) -> ConfigError:
-    problems, remedies = [], []
+    problems, rules, remedies = [], [], []
     for item in error.errors():
         path = ".".join(str(p) for p in item["loc"])
         if item["type"] == "extra_forbidden":
             close = _nearest_key(item["loc"])
             problems.append(f"{path}={item['input']!r}: no such key")
+            rules.append("every key is known")
             remedies.append(f"did you mean {close}?" if close else f"remove {path}")
         elif item["type"] == "missing":
             problems.append(f"{path}: missing")
+            rules.append("what has no default is given")
             remedies.append(f"set {path} in the file or on the command line")
         elif item["type"] == "value_error":
             found, rule, remedy = [*str(item["ctx"]["error"]).split("; ", 2), "", ""][:3]
-            problems.append(f"{path + ': ' if path else ''}{found} ({rule})")
+            problems.append(found)
+            rules.append(rule)
             remedies.append(remedy)
         else:
-            problems.append(f"{path}={item['input']!r}: {item['msg'].lower()}")
+            problems.append(f"{path}={item['input']!r}")
+            rules.append(item["msg"][0].lower() + item["msg"][1:])
             remedies.append(f"change {path}")
     return ConfigError(
         f"config {where}: " + "; ".join(problems),
-        "every key is known, of its type and within its range",
+        "; ".join(dict.fromkeys(rules)),
         "; ".join(remedies),
     )
 
