@@ -36,6 +36,10 @@ class Case:
                 tuple(x[f"momentum.{n}"] for n in layers),
                 anchor,
             )
+        more = {}
+        if "start.weights.0" in x:
+            halves = (tuple(x[f"start.{k}.{n}"] for n in layers) for k in ("weights", "momentum"))
+            more["start"] = MemoryState(*halves)
         return memory(
             x["q"],
             x["k"],
@@ -46,6 +50,7 @@ class Case:
             self.spec,
             positions=self.positions,
             state=state,
+            **more,
         )
 
     def results(self, memory: Memory, *, gradients: bool = True) -> dict[str, Tensor]:
@@ -83,6 +88,7 @@ def make_case(
     positions: Tensor | None = None,
     state: bool = False,
     anchor: bool = False,
+    start: bool = False,
     gates: str = "hot",
 ) -> Case:
     """q, k of unit norm, Xavier weights, gates "hot" (alpha < .2, eta < .95) or "initial".
@@ -128,6 +134,12 @@ def make_case(
             for kind in kinds:
                 offset = 0 if kind == "momentum" else base
                 x[f"{kind}.{n}"] = offset + 0.1 * w.std() * normal(*shape)
+    if start:
+        for n in range(spec.depth):
+            w = x[f"w_init.{n}"]
+            base = torch.zeros_like(w) if spec.decay_to == "init" else w
+            x[f"start.weights.{n}"] = base + 0.3 * w.std() * normal(1, *w.shape)
+            x[f"start.momentum.{n}"] = 0.1 * w.std() * normal(1, *w.shape)
     return Case(spec, x, positions, seed)
 
 

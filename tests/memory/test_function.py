@@ -58,9 +58,8 @@ def test_gradcheck(depth: int, norm: bool, decay_to: str, read: str) -> None:
     """By finite differences: independent of the oracle and of autograd."""
     positions = torch.tensor([[2, 3, 4, 5, 6, -1], [0, 1, 2, 0, 1, 2]])
     spec = MemorySpec(depth, 2, "gelu", norm, 4, decay_to, read)
-    case = make_case(
-        spec, 6, heads=1, width=2, seed=depth, positions=positions, state=True, anchor=True
-    )
+    also = {"state": True, "anchor": True, "start": depth == 2}
+    case = make_case(spec, 6, heads=1, width=2, seed=depth, positions=positions, **also)
     names = list(case.leaves)
 
     def f(*leaves: Tensor) -> tuple[Tensor, ...]:

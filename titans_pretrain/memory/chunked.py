@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from titans_pretrain.memory.adjoint import Gradients, part_adjoint
 from titans_pretrain.memory.packing import PackingPlan, plan_documents, plan_rows
 from titans_pretrain.memory.rules import MemorySpec
-from titans_pretrain.memory.state import MemoryState, Norm, check_inputs, initial_state
+from titans_pretrain.memory.state import MemoryState, Norm, check_inputs, first_state
 from titans_pretrain.memory.sweep import (
     Ends,
     Problem,
@@ -44,6 +44,7 @@ def chunked_memory(
     *,
     positions: Tensor | None = None,
     state: MemoryState | None = None,
+    start: MemoryState | None = None,
     plan: PackingPlan | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Titans' memory over packed documents (arXiv 2501.00663, equations 8-15; MATH.md).
@@ -53,8 +54,9 @@ def chunked_memory(
     initial weights, L tensors [H, a, o]. norm: (gain, bias), each [H, d], or None without
     spec.residual_norm. positions: [N, T] int64, a token's place in its document, -1 at pads;
     default 0..T-1 in each row. state: what the rows go on from; a row whose first token is at
-    position 0 starts anew. plan: `plan_documents(positions, spec.chunk, device)`, to share among
-    layers; it stands for `positions`.
+    position 0 starts anew. start: one row, what every document starts from; default w_init and no
+    momentum. plan: `plan_documents(positions, spec.chunk, device)`, to share among layers; it
+    stands for `positions`.
 
     Returns y [N, H, T, d] in q's type, 0 at pads, and the state after each row's last token.
     States, gates and sums are float32, or float64 where the arguments are. Raises ValueError where
@@ -62,7 +64,7 @@ def chunked_memory(
     """
     n, _, t, _ = q.shape
     checked = positions if plan is None else plan.chunk_of
-    check_inputs(q, k, v, (theta, alpha, eta), w_init, norm, spec, checked, state)
+    check_inputs(q, k, v, (theta, alpha, eta), w_init, norm, spec, checked, state, start)
     if plan is None and positions is None:
         plan = plan_rows(n, t, spec.chunk, q.device)
     elif plan is None:
@@ -80,14 +82,15 @@ def chunked_memory(
             f"chunk {spec.chunk}; plan anew"
         )
     if state is None and (plan.resumed is not None or plan.empty is not None):
-        state = initial_state(w_init, n, spec)
-    carried: list[Tensor | None] = []
+        state = first_state(w_init, n, spec, start)
+    given = [] if start is None else [*start.weights, *start.momentum]
     if state is not None:
-        carried = [*state.weights, *state.momentum, *(state.anchor or ())]
+        given += [*state.weights, *state.momentum, *(state.anchor or ())]
     gain, bias = (None, None) if norm is None else norm
     with torch.autocast(q.device.type, enabled=False):
+        gates = (theta, alpha, eta)
         y, *out = _ChunkedMemory.apply(
-            spec, plan, q, k, v, theta, alpha, eta, gain, bias, *w_init, *carried
+            spec, plan, start is not None, q, k, v, *gates, gain, bias, *w_init, *given
         )
     layers = spec.depth
     parts = [tuple(out[i : i + layers]) for i in range(0, len(out), layers)]
@@ -102,9 +105,10 @@ class _ChunkedMemory(torch.autograd.Function):
         ctx: Any,
         spec: MemorySpec,
         plan: PackingPlan,
+        started: bool,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        problem, weights, momentum, anchor = _unflatten(spec, plan, tensors)
+        problem, weights, momentum, anchor = _unflatten(spec, plan, started, tensors)
         ends = _open_ends(problem, weights, momentum, anchor)
         state = start_states(problem, weights, momentum)
         boundaries: list[Tensor] = []
@@ -118,7 +122,7 @@ class _ChunkedMemory(torch.autograd.Function):
             ys.append(read(problem, part, swept).y.unflatten(0, (-1, problem.heads)))
         q = problem.q
         y = torch.cat(ys) if ys else q.new_empty((0, q.shape[1], spec.chunk, q.shape[3]))
-        ctx.spec, ctx.plan, ctx.given = spec, plan, len(tensors)
+        ctx.spec, ctx.plan, ctx.started, ctx.given = spec, plan, started, len(tensors)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *boundaries)
         return (plan.unpack(y, q.dtype), *ends.weights, *ends.momentum, *(ends.anchor or ()))
@@ -130,7 +134,7 @@ class _ChunkedMemory(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: under block recompute a second look is an error
         tensors, boundaries = saved[: ctx.given], saved[ctx.given :]
         with torch.autocast(tensors[0].device.type, enabled=False):
-            problem, weights, momentum, anchor = _unflatten(spec, plan, tensors)
+            problem, weights, momentum, anchor = _unflatten(spec, plan, ctx.started, tensors)
             dy, *d_out = upstream
             kinds: list[list[Tensor | None]] = [
                 list(d_out[i : i + layers]) for i in range(0, len(d_out), layers)
@@ -157,11 +161,11 @@ class _ChunkedMemory(torch.autograd.Function):
                 part_adjoint(
                     problem, part, swept, reads, anchors, d_part, final, last_anchor, grads, d_room
                 )
-            return (None, None, *_gather_gradients(problem, grads, kinds, tensors))
+            return (None, None, None, *_gather_gradients(problem, grads, kinds, tensors))
 
 
 def _unflatten(
-    spec: MemorySpec, plan: PackingPlan, tensors: tuple[Tensor | None, ...]
+    spec: MemorySpec, plan: PackingPlan, started: bool, tensors: tuple[Tensor | None, ...]
 ) -> tuple[
     Problem,
     tuple[Tensor, ...] | None,
@@ -175,7 +179,8 @@ def _unflatten(
     assert theta is not None and alpha is not None and eta is not None
     dtype = torch.promote_types(q.dtype, theta.dtype)
     whole = [x for x in rest if x is not None]
-    parts = [tuple(whole[i : i + layers]) for i in range(0, len(whole), layers)]
+    first, *parts = [tuple(whole[i : i + layers]) for i in range(0, len(whole), layers)]
+    start = (parts.pop(0), parts.pop(0)) if started else None
     problem = Problem(
         spec,
         plan,
@@ -185,11 +190,12 @@ def _unflatten(
         theta,
         alpha,
         eta,
-        tuple(w.to(dtype) for w in parts[0]),
+        tuple(w.to(dtype) for w in first),
         None if gain is None else gain.to(dtype),
         None if bias is None else bias.to(dtype),
+        start,
     )
-    weights, momentum, anchor = (parts[i] if i < len(parts) else None for i in (1, 2, 3))
+    weights, momentum, anchor = (parts[i] if i < len(parts) else None for i in (0, 1, 2))
     return problem, weights, momentum, anchor
 
 
@@ -287,16 +293,22 @@ def _gather_gradients(
     for x in (grads.theta, grads.alpha, grads.eta):
         out.append(plan.unpack(x.permute(1, 2, 0).unflatten(0, (-1, h)), x.dtype))
     out += [grads.gain, grads.bias]
+    starts: list[list[Tensor | None]] = [[], []]  # of the start's weights, momentum
     carried: list[list[Tensor | None]] = [[], [], []]  # of weights, momentum, anchor
-    has_anchor = len(tensors) > 8 + 3 * layers
+    given = len(tensors) - 8 - layers * (1 if problem.start is None else 3)  # carried tensors
+    has_anchor = given > 2 * layers
     for n, total in enumerate(grads.w_init):
         state = grads.state[n]
-        if spec.decay_to == "zero" and len(plan.fresh):
-            total += weights_of(state, h)[plan.fresh].sum(0)
+        both = (weights_of(state, h), momentum_of(state, h))
+        if problem.start is not None:
+            for kind, here in enumerate(both):
+                starts[kind].append(here[plan.fresh].sum(0, keepdim=True))
+        elif spec.decay_to == "zero" and len(plan.fresh):
+            total += both[0][plan.fresh].sum(0)
         out.append(total)
-        if len(tensors) == 8 + layers:
+        if not given:
             continue
-        for kind, here in enumerate((weights_of(state, h), momentum_of(state, h))):
+        for kind, here in enumerate(both):
             carried[kind].append(_to_rows(problem, here, plan.resumed, kinds[kind][n]))
         passed = kinds[2][n] if len(kinds) > 2 else None
         if has_anchor:
@@ -306,7 +318,7 @@ def _gather_gradients(
             own = carried[0][-1]
             assert own is not None
             own[plan.empty] += passed[plan.empty]
-    out += [x for kind in carried for x in kind]
+    out += [x for kind in (*starts, *carried) for x in kind]
     return [g if x is None or g is None else g.to(x.dtype) for g, x in zip(out, tensors)]
 
 

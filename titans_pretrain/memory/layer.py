@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from titans_pretrain.memory.chunked import chunked_memory
 from titans_pretrain.memory.observe import observed, record
-from titans_pretrain.memory.packing import PackingPlan
+from titans_pretrain.memory.packing import PackingPlan, plan_rows
 from titans_pretrain.memory.rules import MemorySpec
 from titans_pretrain.memory.state import (
     MemoryState,
@@ -244,14 +244,38 @@ class MemoryLayer(nn.Module):
         rates: Rates,
         plan: PackingPlan,
         state: MemoryState | None,
+        start: MemoryState | None = None,
     ) -> tuple[Tensor, MemoryState]:
-        """Writes k, v and reads at q, token by token [N, H, T, d]; `plan` says what to reset."""
+        """Writes k, v and reads at q, token by token [N, H, T, d]; `plan` says what to reset, and
+        `start` (one row) what to; default the first weights."""
         w_init, norm = self.first_weights(), self.inner_norm()
         gates = (rates.theta, rates.alpha, rates.eta)
-        y, after = chunked_memory(q, k, v, *gates, w_init, norm, self.spec, plan=plan, state=state)
+        y, after = chunked_memory(
+            q, k, v, *gates, w_init, norm, self.spec, plan=plan, state=state, start=start
+        )
         if observed():
-            record(self.name, k, v, gates, w_init, norm, self.spec, plan, state, after)
+            record(self.name, k, v, gates, w_init, norm, self.spec, plan, state, after, start)
         return y, after
+
+    def begin(self, x: Tensor) -> tuple[Tensor, MemoryState]:
+        """Writes rows x [1, P, D] into the first weights: what is read there [1, H, P, d], and the
+        state that they leave for documents to start from (MATH.md, (30)). Not observed."""
+        P, gates = x.shape[1], self.rates(x)
+        conv = ConvPlan(fresh=True, visible=None, first=None, last=None)
+        q, k, v = (f(x, conv, None)[0] for f in (self.queries, self.keys, self.values))
+        y, state = chunked_memory(
+            q,
+            k,
+            v,
+            gates.theta,
+            gates.alpha,
+            gates.eta,
+            self.first_weights(),
+            self.inner_norm(),
+            self.spec,
+            plan=plan_rows(1, P, self.spec.chunk, x.device),
+        )
+        return y, MemoryState(state.weights, state.momentum)
 
     def normed(self, y: Tensor) -> Tensor:
         """What was read [N, H, T, d] -> [N, T, H*d], each head normalised."""

@@ -77,6 +77,7 @@ def record(
     plan: PackingPlan,
     before: MemoryState | None,
     after: MemoryState,
+    start: MemoryState | None = None,
 ) -> None:
     """Notes one call of the memory `name`: its arguments, and its state after."""
     samples = _open.get()
@@ -103,7 +104,7 @@ def record(
     theta, alpha, eta = gates
     earlier = dataclasses.replace(spec, read="exclusive")
     told, _ = chunked_memory(
-        k, k, v, theta, alpha, eta, w_init, norm, earlier, plan=plan, state=before
+        k, k, v, theta, alpha, eta, w_init, norm, earlier, plan=plan, state=before, start=start
     )
     untold = memory_forward(k, w_init, norm, spec)
     for figure, y in (("surprise", told), ("surprise_untrained", untold)):

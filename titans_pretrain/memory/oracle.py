@@ -33,6 +33,7 @@ def oracle_memory(
     *,
     positions: Tensor | None = None,
     state: MemoryState | None = None,
+    start: MemoryState | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Titans, equations 8-15 (arXiv 2501.00663), with the gradient taken at the chunk's anchor.
 
@@ -41,10 +42,11 @@ def oracle_memory(
         W_t = W* + (1 - alpha_t) (W_{t-1} - W*) + S_t        W*: W_init, or 0
         y_t = M(q_t; W_t), or M(q_t; W_{t-1}) with read="exclusive"
 
-    A document starts at position 0 from W = W_init, S = 0; chunks count from there. At a pad
-    (position -1) nothing changes and y = 0. Arguments and results as in `chunked_memory`.
+    A document starts at position 0 from W = W_init, S = 0, or from `start`; chunks count from
+    there. At a pad (position -1) nothing changes and y = 0. Arguments and results as in
+    `chunked_memory`.
     """
-    check_inputs(q, k, v, (theta, alpha, eta), w_init, norm, spec, positions, state)
+    check_inputs(q, k, v, (theta, alpha, eta), w_init, norm, spec, positions, state, start)
     n, _, t, _ = q.shape
     if positions is None:
         positions = torch.arange(t, device=q.device).expand(n, t)
@@ -55,19 +57,22 @@ def oracle_memory(
     q, k, v, theta, alpha, eta = (x.to(dtype) for x in (q, k, v, theta, alpha, eta))
     w_init = tuple(w.to(dtype) for w in w_init)
     given = state
-    state = initial_state(w_init, n, spec) if state is None else state
+    begin = initial_state(w_init, 1, spec) if start is None else start
+    state = begin.map(lambda x: x.expand(n, *x.shape[1:])) if state is None else state
     offset = w_init if spec.decay_to == "init" else tuple(torch.zeros_like(w) for w in w_init)
     target = offset  # forgetting pulls the weights to here; the state counts them from here
     weights = [x.to(dtype) + w for x, w in zip(state.weights, offset)]
     momentum = [x.to(dtype) for x in state.momentum]
     anchor = [x.to(dtype) + w for x, w in zip(state.anchor or state.weights, offset)]
+    first = [x.to(dtype) + w for x, w in zip(begin.weights, offset)]
+    moving = [x.to(dtype) for x in begin.momentum]
 
     outputs = []
     for i in range(t):
         at = positions[:, i, None, None, None]  # [N, 1, 1, 1]
         starts, opens, real = at == 0, (at >= 0) & (at % spec.chunk == 0), at >= 0
-        weights = [torch.where(starts, w0, w) for w0, w in zip(w_init, weights)]
-        momentum = [torch.where(starts, torch.zeros_like(s), s) for s in momentum]
+        weights = [torch.where(starts, w0, w) for w0, w in zip(first, weights)]
+        momentum = [torch.where(starts, s0, s) for s0, s in zip(moving, momentum)]
         anchor = [torch.where(opens, w, a) for w, a in zip(weights, anchor)]
 
         gradient = _inner_gradient(k[:, :, i], v[:, :, i], anchor, norm, spec)

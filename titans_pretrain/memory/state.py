@@ -81,6 +81,15 @@ def initial_state(w_init: Sequence[Tensor], n: int, spec: MemorySpec) -> MemoryS
     return MemoryState(tuple(w.to(dtype).expand(n, *w.shape) for w in w_init), zeros)
 
 
+def first_state(
+    w_init: Sequence[Tensor], n: int, spec: MemorySpec, start: MemoryState | None
+) -> MemoryState:
+    """What `n` documents start from: `start`, one row, or the initial state."""
+    if start is None:
+        return initial_state(w_init, n, spec)
+    return start.map(lambda x: x.expand(n, *x.shape[1:]))
+
+
 def absolute_weights(
     state: MemoryState, w_init: Sequence[Tensor], spec: MemorySpec
 ) -> tuple[Tensor, ...]:
@@ -122,6 +131,7 @@ def check_inputs(
     spec: MemorySpec,
     positions: Tensor | None,
     state: MemoryState | None,
+    start: MemoryState | None,
 ) -> None:
     """Raises ValueError where the arguments of a memory do not fit together."""
     n, h, t, d = q.shape
@@ -155,6 +165,16 @@ def check_inputs(
     ):
         raise ValueError(
             f"state {[tuple(w.shape) for w in state.weights]}; {n} rows of {shapes} are needed"
+        )
+    if start is not None and (
+        start.anchor is not None
+        or [tuple(w.shape) for w in (*start.weights, *start.momentum)]
+        != [(1, *s) for s in shapes] * 2
+    ):
+        raise ValueError(
+            f"start {[tuple(w.shape) for w in start.weights]}, "
+            f"{'no' if start.anchor is None else 'an'} anchor; documents start from one row of "
+            f"{shapes}, on a chunk boundary: without an anchor"
         )
 
 

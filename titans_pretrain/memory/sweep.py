@@ -40,6 +40,7 @@ class Problem:
     w_init: tuple[Tensor, ...]  # L times [H, a, o]
     gain: Tensor | None  # [H, d]
     bias: Tensor | None
+    start: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None  # weights, momentum; [1, H, a, o]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,7 +122,10 @@ def start_states(
     for layer, w in enumerate(problem.w_init):
         _, a, o = w.shape
         state = w.new_zeros((documents, h, 2, a, o))
-        if problem.spec.decay_to == "zero":
+        if problem.start is not None:  # (30)
+            for kind, given in enumerate(problem.start):
+                state[plan.fresh, :, kind] = given[layer].to(state.dtype)
+        elif problem.spec.decay_to == "zero":
             state[:, :, 0] = w
         if plan.resumed is not None and weights is not None and momentum is not None:
             here, rows = plan.resumed
