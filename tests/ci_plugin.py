@@ -33,6 +33,8 @@ class Watch:
         self.timer.daemon = True
 
     def pytest_sessionstart(self) -> None:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in a shell's background
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         self.timer.start()
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:

@@ -1,6 +1,7 @@
 """The continuous check's own rules: skips fail it, the time limit names tests."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -79,7 +80,14 @@ def test_a_test_that_does_not_let_go_is_ended(tmp_path):
     assert "stopped after 4500 s in test_it.py::test_a" in out.stderr
 
 
-def test_the_clock_starts_with_the_session_and_stops_it(tmp_path):
-    out = _pytest(tmp_path, "def test_a(): time.sleep(60)\n", "--time-limit", "1")
+@pytest.mark.parametrize("background", [False, True])
+def test_the_clock_starts_with_the_session_and_stops_it(background, tmp_path):
+    """Also where a shell's background ignores SIGINT for all that it starts."""
+    handler = signal.SIG_IGN if background else signal.default_int_handler
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        out = _pytest(tmp_path, "def test_a(): time.sleep(60)\n", "--time-limit", "1")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert out.returncode == 2
     assert "stopped after 1 s in " in out.stderr

@@ -206,6 +206,27 @@ def test_stored_paths_may_not_leave_the_folder(tmp_path: Path) -> None:
         dcp.read_metadata(folder)
 
 
+@pytest.mark.parametrize("dropped", [".metadata", "state.json", "__0_0.distcp", "everything"])
+def test_a_file_that_is_not_in_the_checksums_is_damage(dropped: str, tmp_path: Path) -> None:
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    names = (".metadata", "state.json", "__0_0.distcp")
+    for name in names:
+        (folder / name).write_text('{"format": 1, "step": 1}')
+    digest = checkpoint._sha256(folder / "state.json")
+    listed = {n: digest for n in names if dropped not in (n, "everything")}
+    (folder / "checksums.json").write_text(json.dumps(dict.fromkeys(names, digest)))
+    assert checkpoint.verify(folder)["step"] == 1
+    (folder / "checksums.json").write_text(json.dumps(listed))
+    with pytest.raises(
+        DataError, match=f"does not list.*{'state' if dropped == 'everything' else dropped}"
+    ):
+        checkpoint.verify(folder)
+    (folder / "checksums.json").write_text("[1, 2]")
+    with pytest.raises(DataError, match="damaged checkpoint"):
+        checkpoint.verify(folder)
+
+
 def other_model(config: RunConfig, folder: Path) -> str:
     world, step = start(config)
     found = checkpoint.find_latest(folder, world, print)
@@ -231,6 +252,7 @@ def save_into_nowhere(config: RunConfig, folder: Path, how: str) -> Any:
     args = (step.optimizer.fragments(), rng(), world)
     checkpoint.save(folder, state_of(config, 1), *args, lambda: None)
     kept = checkpoint.content_sha256(checkpoint.folder_of(folder, 1))
+    write = torch.save
     if how == "full" and world.rank == 1:  # one rank's disk is full
 
         def full(*_: Any) -> None:
@@ -251,6 +273,7 @@ def save_into_nowhere(config: RunConfig, folder: Path, how: str) -> Any:
         )
     except NodeError as e:
         message = str(e)
+    torch.save = write
     world.barrier()
     names = sorted(p.name for p in folder.iterdir())
     return message, names, kept == checkpoint.content_sha256(checkpoint.folder_of(folder, 1))
@@ -272,10 +295,38 @@ def test_retention_keeps_last_best_and_every_nth(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "state.json").write_text(json.dumps({"step": step, "validation_loss": loss}))
     keep = CheckpointConfig(keep_last=2, keep_best=True, keep_every=40)
-    assert checkpoint.prune(tmp_path, keep) == [10, 30, 50]
+    assert checkpoint.prune(tmp_path, keep, 70) == [10, 30, 50]
     assert checkpoint.list_steps(tmp_path) == [20, 40, 60, 70]
     keep = CheckpointConfig(keep_last=1, keep_best=False)
-    assert checkpoint.prune(tmp_path, keep) == [20, 40, 60]
+    assert checkpoint.prune(tmp_path, keep, 70) == [20, 40, 60]
+
+
+def test_damaged_later_ones_take_no_place_of_good_ones(tmp_path: Path) -> None:
+    """Steps 30 and 40 were damaged, the run went on from 20 and has just saved step 25."""
+    for step, loss in {10: 2.5, 20: 3.0, 25: 2.8, 30: 1.0, 40: 0.5}.items():
+        folder = checkpoint.folder_of(tmp_path, step)
+        folder.mkdir()
+        (folder / "state.json").write_text(json.dumps({"step": step, "validation_loss": loss}))
+    keep = CheckpointConfig(keep_last=1, keep_best=True)
+    assert checkpoint.prune(tmp_path, keep, 25) == [20]
+    assert checkpoint.list_steps(tmp_path) == [10, 25, 30, 40]
+
+
+def test_one_that_cannot_be_removed_is_told_and_harms_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2, 3):
+        checkpoint.folder_of(tmp_path, step).mkdir()
+
+    def busy(path: Path) -> None:
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    assert checkpoint.prune(tmp_path, CheckpointConfig(keep_last=1), 3) == [1, 2]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"checkpoint of step {s} not removed: [Errno 39] Directory not empty" for s in (1, 2)
+    ]
+    assert checkpoint.list_steps(tmp_path) == [3]
 
 
 def counted(config: RunConfig, folder: Path) -> Any:
