@@ -1,11 +1,13 @@
 """The loss curve's numbers, and that a picture is drawn."""
 
+import errno
+import os
 import subprocess
 import sys
 
 import pytest
 
-from titans_pretrain.errors import DataError
+from titans_pretrain.errors import ConfigError, DataError, NodeError
 from titans_pretrain.run.folder import RunFolder
 from titans_pretrain.run.metrics import Metrics
 from titans_pretrain.run.plot import draw, plot_run, smooth
@@ -68,6 +70,23 @@ def test_a_run_without_losses_is_a_data_error(tmp_path, run):
     run.metrics.write_text("")
     with pytest.raises(DataError, match="0 records without"):
         plot_run(run.path, tmp_path / "x.png", {})
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_former_one(run, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"nowhere/x.png: No such file"):
+        plot_run(run.path, tmp_path / "nowhere" / "x.png", {})
+    out = tmp_path / "x.png"
+    plot_run(run.path, out, {})
+    before = out.read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(NodeError, match=r"x.png: No space left"):
+        plot_run(run.path, out, {"bigram": 5.0})
+    assert out.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["x.png"]
 
 
 def test_drawing_needs_no_torch_and_no_screen(run):

@@ -37,11 +37,14 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Writes the whole file or nothing. Raises NodeError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
-        with temporary.open("wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
+        try:
+            with temporary.open("wb") as f:
+                f.write(content)
+                f.flush()
+                os.fsync(f.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def file_sha256(path: str | Path) -> str:

@@ -36,15 +36,17 @@ def storage_error(error: OSError, doing: str, *, starting: bool = False) -> Tita
         remedy = "free space and start again: the run continues from its last checkpoint"
     else:
         remedy = "mend the disk or use another node: the run continues from its last checkpoint"
+    if starting:
+        remedy += "; or set another folder="
     return NodeError(found, "the run folder stays writable during the run", remedy)
 
 
-def atomic_write(path: Path, text: str) -> None:
-    """Writes `text` so that `path` holds the former or the new content whole. Raises OSError."""
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Writes `content` so that `path` holds the former or the new one whole. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

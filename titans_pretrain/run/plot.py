@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from titans_pretrain.errors import DataError
-from titans_pretrain.run.files import storage_error
+from titans_pretrain.errors import ConfigError, DataError, NodeError
+from titans_pretrain.run.files import atomic_write
 from titans_pretrain.run.folder import RunFolder
 from titans_pretrain.run.metrics import read_records
 
@@ -27,7 +29,8 @@ def plot_run(folder: Path, out: Path, baselines: Mapping[str, float]) -> str:
 
     `baselines`: losses of simple models on the validation split, by name; may be empty.
 
-    Raises DataError if the run has recorded no loss.
+    Raises DataError if the run has recorded no loss, ConfigError or NodeError if `out` cannot be
+    written.
     """
     path = RunFolder(folder).metrics
     try:
@@ -44,10 +47,17 @@ def plot_run(folder: Path, out: Path, baselines: Mapping[str, float]) -> str:
             "train at least log.every steps",
         )
     figure = draw(training, validation, baselines, title=folder.name)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
     try:
-        figure.savefig(out, dpi=120, metadata={"Software": None})
+        atomic_write(out, picture.getvalue())
     except OSError as e:
-        raise storage_error(e, f"writing {out}", starting=True) from e
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise (NodeError if full else ConfigError)(
+            f"writing {out}: {e.strerror}",
+            "the picture is written into a folder that exists, may be written and has room",
+            "give another place with --out",
+        ) from e
     return "\n".join([*summary(training, validation, baselines), f"curve: {out}"])
 
 
