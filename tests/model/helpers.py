@@ -55,6 +55,37 @@ CASES: dict[str, dict] = {
         "persistent_tokens": 1,
         "memory": {"chunk": 2, "read": "exclusive"},
     },
+    "mag": {"variant": "mag", "heads": 2, "persistent_tokens": 3, "memory": {"chunk": 4}},
+    "mag-window": {
+        "variant": "mag",
+        "heads": 3,
+        "persistent_tokens": 8,
+        "window": 5,
+        "memory": {"chunk": 4, "decay_to": "zero", "activation": "silu"},
+    },
+    "mag-bare": {
+        "variant": "mag",
+        "heads": 1,
+        "persistent_tokens": 0,
+        "window": 3,
+        "memory": {"chunk": 2, "read": "exclusive", "depth": 1},
+    },
+    "mal": {"variant": "mal", "heads": 2, "persistent_tokens": 5, "memory": {"chunk": 4}},
+    "mal-window": {
+        "variant": "mal",
+        "heads": 3,
+        "persistent_tokens": 1,
+        "window": 5,
+        "tied_embeddings": True,
+        "memory": {"chunk": 3, "decay_to": "zero", "read": "exclusive"},
+    },
+    "mal-bare": {
+        "variant": "mal",
+        "heads": 1,
+        "persistent_tokens": 0,
+        "window": 3,
+        "memory": {"chunk": 2, "depth": 3},
+    },
 }
 
 

@@ -1,8 +1,9 @@
 """The models token by token, one document, no packing: written from the equations alone.
 
-Titans (arXiv 2501.00663), equations 8-15 for the memory and 21-25 for MAC, in the causal reading:
+Titans (arXiv 2501.00663), equations 8-15 for the memory, 21-25 for MAC, in the causal reading:
 token i sees the memory token h_j once the last query pooled into it is past, and is gated by the
-memory's weights after its own write. Only the memory's update is taken from the oracle.
+memory's weights after its own write; 26-28 for MAG and 29-31 for MAL, where the memory runs over
+persistent tokens and document as one sequence. Only the memory's update is taken from the oracle.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def reference_logits(config: ModelConfig, p: P, tokens: list[int]) -> Tensor:
     for i in range(config.blocks):
         mine = {n.removeprefix(f"blocks.{i}."): w for n, w in p.items()}
         inputs = [rms(u, mine["mixer_norm.weight"], config) for u in x]
-        mixed = {"mac": mac, "lmm": lmm, "transformer": attention}[config.variant](
+        mixed = MIXERS[config.variant](
             config, {n.removeprefix("mixer."): w for n, w in mine.items()}, inputs
         )
         x = [u + m for u, m in zip(x, mixed, strict=True)]
@@ -58,14 +59,20 @@ def softmax_read(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Ten
 
 
 def attention(config: ModelConfig, p: P, x: list[Tensor]) -> list[Tensor]:
+    return [p["attention.o.weight"] @ y.flatten() for y in windowed(config, p, x, [])]
+
+
+def windowed(config: ModelConfig, p: P, x: list[Tensor], prefix: list[Tensor]) -> list[Tensor]:
+    """What each token of x reads [H, d], before any output projection."""
     H, keys, values, out = config.heads, [], [], []
+    always = [[(p[f"attention.{n}.weight"] @ u).view(H, -1) for u in prefix] for n in "kv"]
     for t, u in enumerate(x):
         q, k, v = ((p[f"attention.{n}.weight"] @ u).view(H, -1) for n in "qkv")
         keys.append(turned(k, t, config))
         values.append(v)
         first = 0 if config.window is None else max(0, t - config.window + 1)
-        y = softmax_read(turned(q, t, config), keys[first:], values[first:])
-        out.append(p["attention.o.weight"] @ y.flatten())
+        seen = [a + b[first:] for a, b in zip(always, (keys, values), strict=True)]
+        out.append(softmax_read(turned(q, t, config), *seen))
     return out
 
 
@@ -97,6 +104,17 @@ class Memory:
         if c.residual_norm:
             self.norm = (p["memory.inner_gain"], p["memory.inner_bias"])
         self.state: MemoryState | None = None
+
+    def after_persistent(self, x: list[Tensor]) -> list[Tensor]:
+        """Writes x and reads there. What follows goes on from there, in a chunk of its own and
+        seeing nothing before it through the convolutions."""
+        y = [self.write(u) for u in x]
+        for stream in (self.q, self.k, self.v):
+            stream.seen = []
+        self.t = -(-self.t // self.spec.chunk) * self.spec.chunk
+        if self.state is not None:
+            self.state = MemoryState(self.state.weights, self.state.momentum)
+        return y
 
     def weights(self) -> list[Tensor]:
         """The weights now, each [H, a, o]."""
@@ -147,12 +165,32 @@ class Memory:
 
 
 def lmm(config: ModelConfig, p: P, x: list[Tensor]) -> list[Tensor]:
-    memory, out = Memory(config, p), []
-    for u in x:
-        y = rms(memory.write(u), p["memory.read_norm.weight"], config).flatten()
-        gate = p["memory.output_gate.weight"] @ u
-        out.append(p["memory.out.weight"] @ (y * gate * torch.sigmoid(gate)))
+    memory = Memory(config, p)
+    return [gated(config, p, memory.write(u), u) for u in x]
+
+
+def gated(config: ModelConfig, p: P, y: Tensor, u: Tensor) -> Tensor:
+    y = rms(y, p["memory.read_norm.weight"], config).flatten()
+    gate = p["memory.output_gate.weight"] @ u
+    return p["memory.out.weight"] @ (y * gate * torch.sigmoid(gate))
+
+
+def mag(config: ModelConfig, p: P, x: list[Tensor]) -> list[Tensor]:
+    memory, prefix, out = Memory(config, p), list(p.get("persistent", ())), []
+    memory.after_persistent(prefix)
+    for u, a in zip(x, windowed(config, p, x, prefix), strict=True):
+        a = rms(a, p["attention_norm.weight"], config)
+        m = rms(memory.write(u), p["memory.read_norm.weight"], config)
+        out.append(p["memory.out.weight"] @ (a * m * torch.sigmoid(m)).flatten())
     return out
+
+
+def mal(config: ModelConfig, p: P, x: list[Tensor]) -> list[Tensor]:
+    memory, prefix = Memory(config, p), list(p.get("persistent", ()))
+    reads = memory.after_persistent(prefix)
+    before = [gated(config, p, y, u) for y, u in zip(reads, prefix, strict=True)]
+    y = [gated(config, p, memory.write(u), u) for u in x]
+    return [p["attention.o.weight"] @ a.flatten() for a in windowed(config, p, y, before)]
 
 
 def mac(config: ModelConfig, p: P, x: list[Tensor]) -> list[Tensor]:
@@ -186,3 +224,6 @@ def mac(config: ModelConfig, p: P, x: list[Tensor]) -> list[Tensor]:
         gate = torch.sigmoid(rms(memory.write(y), p["memory.read_norm.weight"], config))
         out.append(p["memory.out.weight"] @ (y * gate.flatten()))
     return out
+
+
+MIXERS = {"mac": mac, "mag": mag, "mal": mal, "lmm": lmm, "transformer": attention}

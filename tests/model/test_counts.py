@@ -20,7 +20,7 @@ def part_of(name: str) -> str:
             return part
     if name == "final_norm.weight" or name.endswith(("mixer_norm.weight", "mlp_norm.weight")):
         return "norms"
-    if ".attention." in name:
+    if ".attention" in name:
         return "attention"
     return "fast_init" if ".initial." in name else "memory"
 
@@ -50,7 +50,13 @@ def left_out(config: ModelConfig) -> float:
     d, layers = config.head_width, config.memory.depth
     weights = d * d if layers == 1 else 2 * m * d * d + (layers - 2) * (m * d) ** 2
     each = 2 * 2 * 2 * weights + layers * (2 * chunk**3 + 2 * chunk**2)
-    return config.heads * LENGTH // chunk * each
+    return config.heads * (LENGTH // chunk + prefix_chunks(config)) * each
+
+
+def prefix_chunks(config: ModelConfig) -> int:
+    """Chunks of persistent tokens that the memory runs over."""
+    rows = config.persistent_tokens if config.variant in ("mag", "mal") else 0
+    return -(-rows // config.memory.chunk)
 
 
 COUNTED = {
@@ -90,13 +96,18 @@ def test_useful_flops_count_the_pairs_that_masks_let_through(case: str) -> None:
     if config.variant == "transformer":
         mask = torch.ones(LENGTH, LENGTH).tril() if plan.mask is None else plan.mask
         assert useful["attention"] * LENGTH == per_pair * int(mask.sum())
+    if config.variant in ("mag", "mal"):
+        mask = torch.ones(LENGTH, LENGTH).tril()
+        if plan.attention.mask is not None:
+            mask = plan.attention.mask.expand(-1, 1, LENGTH, -1)
+        assert useful["attention"] * LENGTH == pytest.approx(per_pair * int(mask.sum()))
     if config.variant == "mac":
         pairs = sum(int(step.mask.sum()) for step in plan.steps)
         assert useful["attention"] * LENGTH == pytest.approx(per_pair * pairs)
     if config.variant != "transformer":
         chunk = config.memory.chunk
         memory = plan_documents(positions, chunk)
-        chunks = memory.offsets[-1]
+        chunks = memory.offsets[-1] + prefix_chunks(config)
         shapes = [tuple(w.shape[1:]) for w in hot_model(config).blocks["0"].mixer.memory.initial]
         masked = chunks * chunk * (chunk - 1) // 2 * 2 * sum(a + o for a, o in shapes)
         saved = config.blocks * config.heads * masked

@@ -111,6 +111,12 @@ def test_spreads_follow_the_table() -> None:
         values = draw(config, name, shape, 0)
         assert values.std().item() == pytest.approx(std, rel=0.08), name
         assert abs(values.mean().item()) < 0.1 * std + 1e-4, name
+    mal = config_of("mal", width=96, heads=2, blocks=8)
+    for name, std in (("memory.out", small), ("attention.o", small / 4), ("memory.q", small)):
+        values = draw(mal, f"blocks.3.mixer.{name}.weight", (96, 96), 0)
+        assert values.std().item() == pytest.approx(std, rel=0.08), name
+    one = draw(config_of("mag"), "blocks.0.mixer.attention_norm.weight", (2, 6), 0)
+    assert torch.equal(one, torch.ones(2, 6))
     assert torch.equal(draw(config, "final_norm.weight", (5,), 0), torch.ones(5))
     assert torch.equal(
         draw(config, "blocks.1.mixer.memory.inner_bias", (2, 3), 0), torch.zeros(2, 3)
@@ -143,17 +149,32 @@ def test_optimizer_groups() -> None:
     assert kind("blocks.0.mlp.gate.weight") == "decay"
     total = sum(len(members) for members in groups.values())
     assert total == len(list(built("mac-learned").parameters()))
+    for name in ("attention_norm.weight", "persistent"):
+        assert kind(f"blocks.0.mixer.{name}") == "no_decay"
 
 
-def test_names_are_those_of_checkpoints() -> None:
-    names = [n for n, _ in TitansLM(config_of("mac", blocks=1), device="meta").named_parameters()]
+# Variant -> what its mixer has beside the memory's common part.
+OWN = {
+    "mac": ["persistent", *(f"attention.{n}.weight" for n in "qkvo")],
+    "mag": ["persistent", "attention_norm.weight", *(f"attention.{n}.weight" for n in "qkv")],
+    "mal": [
+        "persistent",
+        "memory.output_gate.weight",
+        *(f"attention.{n}.weight" for n in "qkvo"),
+    ],
+    "lmm": ["memory.output_gate.weight"],
+}
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_names_are_those_of_checkpoints(case: str) -> None:
+    names = [n for n, _ in TitansLM(config_of(case, blocks=1), device="meta").named_parameters()]
     memory = ["q", "k", "v", "q_conv", "k_conv", "v_conv", "gates", "read_norm", "out"]
     assert sorted(names) == sorted(
         [
             "embedding.weight",
             "blocks.0.mixer_norm.weight",
-            "blocks.0.mixer.persistent",
-            *(f"blocks.0.mixer.attention.{n}.weight" for n in "qkvo"),
+            *(f"blocks.0.mixer.{n}" for n in OWN[case]),
             *(f"blocks.0.mixer.memory.{n}.weight" for n in memory),
             "blocks.0.mixer.memory.gates.bias",
             "blocks.0.mixer.memory.initial.0",

@@ -54,8 +54,9 @@ def test_figures_of_one_document_equal_the_oracle(monkeypatch: pytest.MonkeyPatc
     assert 0 < figures["radius"] < 1
 
 
-def test_every_memory_reports_and_pads_do_not_count() -> None:
-    model = hot_model(config_of("mac"))
+@pytest.mark.parametrize("case", ["mac", "mag", "mal"])
+def test_every_memory_reports_and_pads_do_not_count(case: str) -> None:
+    model = hot_model(config_of(case))
     positions = packed([[5, 9], [3]], 8)
     with torch.no_grad(), observe_memory() as seen:
         model(tokens_like(positions), positions)

@@ -1,5 +1,7 @@
 """A document read in pieces with carried state gives what it gives in one pass."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -88,8 +90,13 @@ def test_a_lost_state_would_be_seen(case: str) -> None:
         whole, _ = model(tokens, positions)
         _, state = model(tokens[:, :7], positions[:, :7])
         zeros = map_state(state, torch.zeros_like)
-        if config.variant == "transformer":  # its positions say which keys there are
-            zeros = {k: type(v)(v.k * 0, v.v * 0, state[k].positions) for k, v in zeros.items()}
+        for name, kept in state.items():  # attention's positions say which keys there are
+            blank = zeros[name]
+            if config.variant == "transformer":
+                zeros[name] = replace(blank, positions=kept.positions)
+            elif config.variant in ("mag", "mal"):
+                window = replace(blank.attention, positions=kept.attention.positions)
+                zeros[name] = replace(blank, attention=window)
         lost, _ = model(tokens[:, 7:], positions[:, 7:], zeros)
     assert (whole[0, 7:] - lost[0]).abs().max() > 1e-3
 
@@ -101,7 +108,7 @@ def test_mac_refuses_to_continue_a_document_without_its_state() -> None:
         model(tokens_like(positions), positions)
 
 
-@pytest.mark.parametrize("case", ["lmm", "mac", "transformer-window"])
+@pytest.mark.parametrize("case", ["lmm", "mac", "transformer-window", "mag-window", "mal-window"])
 def test_the_state_of_a_long_document_does_not_grow(case: str) -> None:
     model = hot_model(config_of(case))
     sizes = []

@@ -11,6 +11,7 @@ from tests.parallel.tiny import PlainRun, micro_batches, tiny_config
 from tests.worlds import run_world
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import DivergedError
+from titans_pretrain.model.titans import kind
 from titans_pretrain.parallel.layout import Fragment, plan_layout
 from titans_pretrain.parallel.world import World, start_world
 from titans_pretrain.step import TrainStep
@@ -78,7 +79,7 @@ def run_steps(config: RunConfig, reference: dict[int, Any], steps: list[int]) ->
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("variant", ["transformer", "tied", "lmm", "mac"])
+@pytest.mark.parametrize("variant", ["transformer", "tied", "lmm", "mac", "mag", "mal"])
 def test_every_gradient_and_update_equals_one_plain_process(ranks: int, variant: str) -> None:
     config = tiny_config(
         model__variant="transformer" if variant == "tied" else variant,
@@ -115,6 +116,40 @@ def test_every_gradient_and_update_equals_one_plain_process(ranks: int, variant:
             assert torch.equal(result[2][name], got[name]), name
     for result in results:  # every step went once through the schedule and once through ZeRO
         assert result[3] == 20 and result[4] == 20
+
+
+def first_update(config: RunConfig) -> Any:
+    world, step = start(config)
+    before = pieces(step.optimizer.fragments(), "weight")
+    step(micro_batches(config, 1, world.rank, world.size), 1)
+    after = pieces(step.optimizer.fragments(), "weight")
+    world.shut_down()
+    return {name: (before[name][1], after[name][1]) for name in before}
+
+
+def test_each_decay_group_has_its_own_rate_and_decay_in_the_engine() -> None:
+    """AdamW's first update moves a weight w by rate * (decay * w + sign of its gradient)."""
+    rates = {"decay": 1.0, "no_decay": 1.0, "gate": 0.5, "fast_init": 0.25}
+    decays = {"decay": 0.2, "no_decay": 0.0, "gate": 0.3, "fast_init": 0.4}
+    config = tiny_config(
+        model__variant="lmm",
+        optim__warmup_steps=0,
+        optim__schedule="constant",
+        optim__weight_decay=decays["decay"],
+        optim__gate_lr_scale=rates["gate"],
+        optim__gate_weight_decay=decays["gate"],
+        optim__init_lr_scale=rates["fast_init"],
+        optim__init_weight_decay=decays["fast_init"],
+    )
+    seen = set()
+    for rank in run_world(first_update, 2, config):
+        for name, (before, after) in rank.items():
+            group = kind(name)
+            seen.add(group)
+            moved = (before - after) / (config.optim.lr * rates[group]) - decays[group] * before
+            # Small gradients drown in AdamW's epsilon; the largest of each tensor does not.
+            assert float(moved.abs().max()) == pytest.approx(1, abs=2e-3), name
+    assert seen == set(rates)
 
 
 def poisoned(config: RunConfig, where: str) -> Any:

@@ -79,13 +79,17 @@ def rotate(x: Tensor, by: Rotation) -> Tensor:
 
 
 class Attention(nn.Module):
-    """The four projections of softmax attention; which keys a query sees, the caller says."""
+    """The projections of softmax attention; which keys a query sees, the caller says.
+
+    `output` False leaves out the last one, for a mixer that has its own.
+    """
 
     def __init__(
         self,
         width: int,
         head_width: int,
         *,
+        output: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -94,18 +98,25 @@ class Attention(nn.Module):
         self.q = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
         self.k = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
         self.v = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
-        self.o = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
+        self.o = None
+        if output:
+            self.o = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
 
     def heads(self, x: Tensor) -> Tensor:
         """[B, T, H*d] -> [B, H, T, d]"""
         return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
-    def attend(
+    def read(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool = False
     ) -> Tensor:
-        """softmax(q k^T / sqrt(d)) v, then the output projection: [B, H, T, d] -> [B, T, D].
+        """softmax(q k^T / sqrt(d)) v: [B, H, T, d] -> [B, T, H*d].
 
         mask [B or 1, 1, T, S] is True where a query sees a key; each query must see one at least.
         """
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.o(y.transpose(1, 2).flatten(-2))
+        return y.transpose(1, 2).flatten(-2)
+
+    def project(self, y: Tensor) -> Tensor:
+        """The output projection [B, T, H*d] -> [B, T, D]."""
+        assert self.o is not None
+        return self.o(y)

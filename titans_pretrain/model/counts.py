@@ -1,7 +1,7 @@
 """Parameters and floating point operations of a model, by part, from its config alone.
 
 Letters: D width, H heads, d head width, L memory layers of widths d, m d, .., d, C chunk,
-G segment, P persistent tokens, R memory tokens of a segment.
+G segment, P persistent tokens, R memory tokens of a segment, T tokens of a document.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from titans_pretrain.config import ModelConfig
 from titans_pretrain.memory.layer import WIDTH
 from titans_pretrain.memory.rules import MemorySpec
+
+GATED = ("lmm", "mal")  # variants whose memory has an output gate
 
 
 def parameter_count(config: ModelConfig) -> dict[str, int]:
@@ -18,16 +20,18 @@ def parameter_count(config: ModelConfig) -> dict[str, int]:
     attention = memory = fast = 0
     if config.variant != "lmm":
         attention = 4 * D * D
+    if config.variant == "mag":
+        attention += D - D * D  # the norm of what attention reads; the memory's `out` for both
     if config.variant != "transformer":
-        maps = 5 if config.variant == "lmm" else 4  # q, k, v, out, and LMM's output gate
+        maps = 5 if config.variant in GATED else 4  # q, k, v, out, and the output gate
         gates = (D + 1) * H * L * 3
         memory = maps * D * D + 3 * WIDTH * D + gates + D  # + convolutions, and the read's norm
         memory += 2 * D * config.memory.residual_norm
         fast = H * sum(a * o for a, o in _shapes(config))
-    if config.variant == "mac":
+    if config.variant in ("mac", "mag", "mal"):
         memory += config.persistent_tokens * D
-        if config.memory.retrieved == "learned":
-            memory += config.memory.learned_queries * D
+    if config.variant == "mac" and config.memory.retrieved == "learned":
+        memory += config.memory.learned_queries * D
     return {
         "embedding": vocabulary,
         "head": 0 if config.tied_embeddings else vocabulary,
@@ -48,10 +52,10 @@ def flops_per_token(
     they are computed; with `useful` only the pairs of tokens that a mask lets through do. Left out
     are the memory's coefficients, which depend on neither d nor h, and the 2 x 2 products that
     carry (W, S) over a chunk. The backward pass is 2x, with block recompute 3x. The document fills
-    whole chunks and segments.
+    whole chunks and segments. What persistent tokens cost once a forward counts as this document's.
     """
     D, H, C, G = config.width, config.heads, config.memory.chunk, config.segment
-    T, spec = sequence_length, config.memory
+    T, P, spec = sequence_length, config.persistent_tokens, config.memory
     shapes = _shapes(config)
     products = sum(a * o for a, o in shapes)
     flops = {
@@ -63,7 +67,9 @@ def flops_per_token(
         "retrieval": 0.0,
     }
     if config.variant != "transformer":
-        maps = 4 + (config.variant == "lmm" or spec.retrieved != "learned")
+        maps = 4 + (config.variant in GATED)
+        if config.variant == "mac" and spec.retrieved != "learned":
+            maps = 5  # the queries of X and of Y
         flops["memory_maps"] = 2.0 * D * (maps * D + 3 * H * spec.depth)
         # Keys forward, reads of W and S, updates of W and S; the inner backward stops at layer 2.
         # Decay toward the first weights adds their own reads.
@@ -71,18 +77,28 @@ def flops_per_token(
         whole += products * (spec.decay_to == "init")
         pairs = (C + 1) / 2 if useful else C
         flops["memory"] = H * 2.0 * (whole + pairs * sum(a + o for a, o in shapes))
-    if config.variant == "transformer":
-        seen = sum(min(t + 1, config.window or T) for t in range(T)) / T if useful else T
+    if config.variant in ("transformer", "mag", "mal"):
+        window = config.attention_window or T
+        seen = sum(min(t + 1, window) for t in range(T)) / T if useful else T
         flops["attention_maps"], flops["attention"] = 8.0 * D * D, 4.0 * D * seen
+    if config.variant in ("mag", "mal"):
+        # Persistent tokens: through the memory, in whole chunks, then keys and values.
+        flops["memory"] *= 1 + -(-P // C) * C / T
+        maps = 5 if config.variant == "mal" else 3  # MAG drops what is read there
+        flops["memory_maps"] += 2.0 * D * (maps * D + 3 * H * spec.depth) * P / T
+        flops["attention_maps"] += 4.0 * D * D * P / T
+        flops["attention"] += 4.0 * D * P
+    if config.variant == "mag":
+        flops["attention_maps"] -= 2.0 * D * D  # the memory's `out` serves both
     if config.variant == "mac":
         pool = {"pool1": 1, "pool2": 2}.get(spec.retrieved)
         R = G // pool if pool else spec.learned_queries
-        seen = config.persistent_tokens + R + G
+        seen = P + R + G
         if useful:
             past = sum((i + 1) // pool for i in range(G)) / G if pool else R
-            seen = config.persistent_tokens + past + (G + 1) / 2
+            seen = P + past + (G + 1) / 2
         # Keys and values of memory tokens, and, once a forward, of persistent ones.
-        extra = 4.0 * D * D * (R / G + config.persistent_tokens / T)
+        extra = 4.0 * D * D * (R / G + P / T)
         flops["attention_maps"], flops["attention"] = 8.0 * D * D + extra, 4.0 * D * seen
         flops["retrieval"] = H * 2.0 * products * R / G
     total = {part: config.blocks * n for part, n in flops.items()}

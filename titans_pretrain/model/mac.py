@@ -111,7 +111,7 @@ class MacMixer(nn.Module):
             if persistent is not None:
                 parts.insert(0, persistent.expand(-1, n, -1, -1, -1))
             k, v = torch.cat(parts, dim=3)
-            y = a.attend(context[s][0], k, v, step.mask)  # [n, w, D]
+            y = a.project(a.read(context[s][0], k, v, step.mask))  # [n, w, D]
 
             q_m, q_tail = m.queries(y, step.conv, tails[0])
             k_m, k_tail = m.keys(y, step.conv, tails[1])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from titans_pretrain.memory.layer import ConvPlan
@@ -19,10 +20,10 @@ from titans_pretrain.model.blocks import Rotation, rotation
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Masked attention over whole rows. S = carried keys + T."""
+    """Masked attention over whole rows. S = carried keys + T; before them P of a prefix."""
 
     rotation: Rotation
-    mask: Tensor | None  # [B, 1, T, S]; None: plain causal attention says the same
+    mask: Tensor | None  # [B or 1, 1, T, P + S]; None: plain causal attention says the same
     positions: Tensor  # [B, S - keep] on the CPU: of the keys to carry on
     keep: int  # the first key to carry on
 
@@ -36,8 +37,9 @@ def attention_plan(
     rope_base: float,
     dtype: torch.dtype,
     device: torch.device,
+    prefix: int = 0,
 ) -> AttentionPlan:
-    """A query sees the keys of its document at distance 0 .. window - 1.
+    """A query sees the keys of its document at distance 0 .. window - 1, and all of the prefix.
 
     positions [B, T]; past [B, P]: positions of the carried keys, or None.
     """
@@ -61,6 +63,10 @@ def attention_plan(
             mask &= everything[:, S - T :, None] - everything[:, None, :] < window
         mask |= column == query  # a pad sees itself: a softmax over nothing is NaN
         mask = mask[:, None]
+    elif prefix:
+        mask = torch.ones(1, 1, T, T, dtype=torch.bool, device=device).tril()
+    if mask is not None:
+        mask = F.pad(mask, (prefix, 0), value=True)
     return AttentionPlan(
         rotation=rotation(positions.to(device), head_width, rope_base, dtype),
         mask=mask,

@@ -164,6 +164,8 @@ def draw(config: ModelConfig, name: str, shape: tuple[int, ...], seed: int) -> T
     | learned queries            | normal, std 1 (only their direction counts)                  |
     | attention.o, memory.out,   |                                                              |
     |   mlp.down                 | normal, std sqrt(2 / (5 fan_in)) / sqrt(2 blocks)            |
+    | memory.out of MAL          | normal, std sqrt(2 / (5 fan_in)): attention reads it, not    |
+    |                            | the residual stream                                          |
     | all else, last axis fan_in | normal, std sqrt(2 / (5 fan_in)) (arXiv 1910.05895)          |
 
     The memory's LayerNorm multiplies each inner gradient by gain / std(F). With gain 1 and a last
@@ -190,7 +192,8 @@ def draw(config: ModelConfig, name: str, shape: tuple[int, ...], seed: int) -> T
     if leaf == "asked":
         return empty.normal_(generator=generator)
     std = math.sqrt(2 / (5 * shape[-1]))
-    if owner.endswith((".o", ".down", ".out")):
+    inner = config.variant == "mal" and owner.endswith("memory.out")
+    if owner.endswith((".o", ".down", ".out")) and not inner:
         std /= math.sqrt(2 * config.blocks)
     return empty.normal_(0, std, generator=generator)
 
