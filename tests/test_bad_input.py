@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,46 @@ def test_a_damaged_shard_stops_every_rank_and_keeps_the_checkpoint(
     code, message = refused(2, tree)
     assert code == 3 and shard.name in message
     assert checkpoint.list_steps(tmp_path / "run" / "checkpoints")[0] == 2
+
+
+def test_a_damaged_validation_shard_stops_every_rank(data: Path, tmp_path: Path) -> None:
+    """Rank 0 alone reads it (the other one has rows of pads); both leave with its message."""
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    (shard,) = copy.glob("validation-*.tar")
+    shard.write_bytes(shard.read_bytes()[:-512])
+    tree = small(tmp_path / "run", copy, train__steps=40, validation__every=2, validation__rows=2)
+    code, message = refused(2, tree)
+    assert code == 3 and shard.name in message
+
+
+class Hostile:
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.witness,))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_hostile_checkpoint_with_right_checksums_is_refused(
+    ranks: int, data: Path, tmp_path: Path
+) -> None:
+    tree = small(tmp_path / "run", data)
+    assert run_world(attempt, 1, tree, 2) == [(EXIT_SAVED, "")]
+    folder = checkpoint.folder_of(tmp_path / "run" / "checkpoints", 2)
+    content = pickle.dumps(Hostile(tmp_path / "ran"))
+    (folder / ".metadata").write_bytes(content)
+    code, message = refused(ranks, tree)  # its checksum is not looked past
+    assert code == 3 and "damaged" in message
+    checksums = json.loads((folder / "checksums.json").read_text())
+    checksums[".metadata"] = hashlib.sha256(content).hexdigest()
+    (folder / "checksums.json").write_text(json.dumps(checksums))
+    code, message = refused(ranks, tree)
+    assert code == 3 and "names pathlib" in message
+    code, message = refused(ranks, small(tmp_path / "new", data), None, str(folder))
+    assert code == 3 and "names pathlib" in message
+    assert not (tmp_path / "ran").exists()
 
 
 def full_disk(tree: dict[str, Any], what: str) -> tuple[int, str]:

@@ -240,3 +240,58 @@ def test_init_from_takes_weights_alone(data: Path, tmp_path: Path) -> None:
         (tmp_path / "second" / "checkpoints" / "step-00000001" / "state.json").read_text()
     )
     assert state["data"]["next_sample"] == 8 and state["data"]["seed"] == 5
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    return [r["values"] for r in read_records(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize(("minutes", "saved"), [(1e-9, [1, 2, 3, 4]), (1000.0, [4])])
+def test_checkpoints_by_the_clock(
+    minutes: float, saved: list[int], data: Path, tmp_path: Path
+) -> None:
+    tree = small_run(
+        tmp_path / "run",
+        data,
+        model__variant="transformer",
+        train__steps=4,
+        validation__every=0,
+        checkpoint__every_minutes=minutes,
+        checkpoint__keep_last=9,
+    )
+    assert run_world(train, 2, tree) == [EXIT_DONE] * 2
+    assert checkpoint.list_steps(tmp_path / "run" / "checkpoints") == saved
+
+
+def test_the_best_checkpoint_stays_and_metrics_tell_source_rate_and_time(
+    data: Path, tmp_path: Path
+) -> None:
+    """Three good steps, then a rate that spoils the model: the best is not among the last."""
+    tree = small_run(
+        tmp_path / "run",
+        data,
+        model__variant="transformer",
+        train__steps=12,
+        validation__every=1,
+        checkpoint__every_steps=1,
+        checkpoint__keep_last=2,
+    )
+    tree["optim"] = {"lr": 3.0, "schedule": "wsd", "warmup_steps": 10, "decay_steps": 1}
+    assert run_world(train, 2, tree) == [EXIT_DONE] * 2
+    told = records(tmp_path / "run")
+    losses = [values["validation/loss"] for values in told]
+    best = 1 + losses.index(min(losses))
+    assert best < 11, losses
+    assert checkpoint.list_steps(tmp_path / "run" / "checkpoints") == [best, 11, 12]
+    assert [values["train/lr"] for values in told] == pytest.approx(
+        [0.3 * step for step in range(1, 11)] + [3.0, 0.0]
+    )
+    for values in told:
+        assert values["train_loss_by_source/books"] == pytest.approx(values["train/loss"])
+        parts = ("data_wait", "forward_backward", "optimizer")
+        spent = sum(values[f"time/{part}_s"] for part in parts)
+        assert 0.5 * values["time/step_s"] < spent <= values["time/step_s"]
+        assert values["machine/resident_gib"] > 0.1
+        rate = values["speed/tokens_per_s"] * values["time/step_s"]
+        assert 300 < rate <= 512 and rate == pytest.approx(round(rate))
+    assert told[0]["time/checkpoint_s"] == 0 < told[1]["time/checkpoint_s"]

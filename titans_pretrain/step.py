@@ -31,8 +31,7 @@ class StepReport:
     tokens: int  # labels counted
     grad_norm: float  # before clipping
     lr: float
-    by_source: dict[int, float]  # source index -> nats a label, this rank's samples summed over all
-    stop: bool  # some rank was asked to stop
+    by_source: dict[int, float]  # source index -> nats a label
     seconds: dict[str, float]  # this rank's wall time by phase
 
 
@@ -85,9 +84,7 @@ class TrainStep:
             micro_batch=config.train.micro_batch,
         )
 
-    def __call__(
-        self, micro_batches: Sequence[Batch], step: int, stop_asked: bool = False
-    ) -> StepReport:
+    def __call__(self, micro_batches: Sequence[Batch], step: int) -> StepReport:
         """Update number `step` (from 1). Collective.
 
         Raises DivergedError on every rank, before any weight or moment has changed, if a loss or
@@ -107,10 +104,10 @@ class TrainStep:
             torch.cuda.synchronize()
         forward_backward = time.perf_counter() - began
 
-        # One small reduction tells every rank the loss, whether all is finite, and who must stop.
+        # One small reduction tells every rank the loss and whether all is finite.
         finite = self._gradients_finite()
         nats = [sums.by_source.get(i, (0.0, 0))[0] for i in range(sources)]
-        *nats, bad, stops = self.world.sum([*nats, float(not finite), float(stop_asked)])
+        *nats, bad = self.world.sum([*nats, float(not finite)])
         loss = sum(nats) / max(1, tokens)
         if bad or not _finite(loss):
             raise self._diverged(step, loss, micro_batches)
@@ -125,17 +122,24 @@ class TrainStep:
             "forward_backward": forward_backward,
             "optimizer": time.perf_counter() - began,
         }
-        return StepReport(loss, tokens, norm, lr, by_source, stops > 0, seconds)
+        return StepReport(loss, tokens, norm, lr, by_source, seconds)
 
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
-        """(nats a label, labels) over all ranks' batches; every rank passes equally many."""
+        """(nats a label, labels) over all ranks' batches; every rank passes equally many.
+
+        Raises on every rank what reading the batches raises on one.
+        """
+
+        def mine() -> list[float]:
+            nats = labels = 0.0
+            for batch in batches:
+                sums = self.schedule.run([batch], tokens_in_step=1, train=False)
+                nats, labels = nats + sums.loss, labels + sums.tokens
+            return [nats, labels]
+
         self.model.eval()
-        nats = labels = 0.0
-        for batch in batches:
-            sums = self.schedule.run([batch], tokens_in_step=1, train=False)
-            nats, labels = nats + sums.loss, labels + sums.tokens
+        nats, labels = self.world.sum(self.world.agree(mine))
         self.model.train()
-        nats, labels = self.world.sum([nats, labels])
         return nats / max(1.0, labels), int(labels)
 
     def _gradients_finite(self) -> bool:

@@ -310,7 +310,7 @@ def save(
         home.require_mine,
     )
     if world.rank == 0:
-        checkpoint.prune(home.folder.checkpoints, config.checkpoint)
+        checkpoint.prune(home.folder.checkpoints, config.checkpoint, at.step)
     seconds = time.perf_counter() - began
     watch.checkpoint_seconds += seconds
     log.info("checkpoint %s in %.1f s", path, seconds)

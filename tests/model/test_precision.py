@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from tests.live_bytes import LiveBytes
 from tests.model.helpers import (
     CASES,
+    VOCAB,
     config_of,
     gradients,
     hot_model,
@@ -13,6 +15,7 @@ from tests.model.helpers import (
     packed,
     tokens_like,
 )
+from titans_pretrain.config import ModelConfig
 from titans_pretrain.model.loss import token_loss
 from titans_pretrain.model.titans import TitansLM, initialise
 
@@ -34,6 +37,30 @@ def test_recompute_gives_the_same_bits(case: str) -> None:
     assert len(calls) == 2
     for name, g in kept.items():
         assert torch.equal(g, again[name]), name
+
+
+@pytest.mark.parametrize("variant", ["transformer", "lmm", "mac"])
+def test_recompute_keeps_little_more_than_each_blocks_input(variant: str) -> None:
+    """Live bytes after forward, and at the peak of forward and backward."""
+    shape = {"blocks": 6, "width": 32, "heads": 2, "mlp_width": 96, "vocab_size": VOCAB}
+    memory = {"chunk": 16, "expansion": 2}
+    tree = {"variant": variant, "segment": 32, "persistent_tokens": 4, "memory": memory, **shape}
+    model = TitansLM(ModelConfig.model_validate(tree))
+    initialise(model, 0)
+    positions = torch.arange(128).expand(2, 128)
+    tokens = tokens_like(positions)
+    held, peak = {}, {}
+    for recompute in (False, True):
+        model.recompute = recompute
+        with LiveBytes() as live:
+            loss = token_loss(model(tokens, positions, carry=False)[0], tokens).sum()
+            held[recompute] = live.now
+            loss.backward()
+        peak[recompute] = live.peak
+        model.zero_grad()
+    entries = 6 * 2 * 128 * 32 * 4  # the blocks' inputs
+    assert entries <= held[True] < held[False] / 4
+    assert peak[True] < peak[False] / 2
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -4,7 +4,7 @@
     tokenizer.model          the tokenizer the tokens come from
     SPLIT.members.npy        one row a member: where it lies, what it holds (dtype MEMBER)
     SPLIT-00000.tar ...      the shards (WebDataset): pairs <key>.len, <key>.tok
-    skipped.jsonl            every document left out, and why
+    skipped.json             every document left out, and why
 
 The manifest's hash covers everything that decides the token stream: the header, and with it the
 sha256 of every table and shard. 10^12 tokens are about 10^6 members, a table of 72 MB.
@@ -117,15 +117,23 @@ class Manifest:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer kept in the folder. Raises DataError where it is not the manifest's."""
+        self.require_tokenizer()
         path = self.folder / "tokenizer.model"
-        tokenizer = Tokenizer.load(path, bos=self.bos, eos=self.eos, pad=self.pad)
-        if tokenizer.hash != self.tokenizer_hash:
+        return Tokenizer.load(path, bos=self.bos, eos=self.eos, pad=self.pad)
+
+    def require_tokenizer(self) -> None:
+        """Raises DataError where the folder's tokenizer is not the manifest's."""
+        path = self.folder / "tokenizer.model"
+        try:
+            found = f"sha256 {file_sha256(path)}"
+        except OSError as e:
+            found = str(e.strerror)
+        if found != f"sha256 {self.tokenizer_hash}":
             raise DataError(
-                f"{path}: sha256 {tokenizer.hash[:16]}..., manifest {self.tokenizer_hash[:16]}...",
+                f"{path}: {found[:40]}, manifest sha256 {self.tokenizer_hash[:16]}...",
                 "the folder's tokenizer is the one its tokens come from",
                 "put the original file back, or prepare the folder anew",
             )
-        return tokenizer
 
 
 def write_manifest(folder: Path, header: dict[str, Any], splits: dict[str, Split]) -> Manifest:

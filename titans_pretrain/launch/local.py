@@ -20,11 +20,12 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED
+from titans_pretrain.errors import EXIT_DONE, EXIT_NODE, EXIT_SAVED
 from titans_pretrain.run.files import storage_error
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _POLL = 0.02  # seconds
+_CAUSE = 3.0  # seconds in which a rank that lost another may be followed by the one it lost
 _TAIL = 30  # lines of a failed rank that the console shows
 _PR_SET_PDEATHSIG = 1
 
@@ -131,12 +132,17 @@ def _send(process: subprocess.Popen[bytes], number: int) -> None:
 
 def _first_failure(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
     """Waits until all ranks are done (None) or one has failed: its number."""
+    patience = float("inf")
     while True:
         codes = [p.poll() for p in processes]
         bad = [r for r, c in enumerate(codes) if c not in (None, EXIT_DONE, EXIT_SAVED)]
         if bad:
-            # Seen in one look: a killed rank is the cause, the rest the consequence.
-            return min(bad, key=lambda r: ((codes[r] or 0) > 0, r))
+            # A killed rank is the cause, and one that only lost a peer the consequence: the peer
+            # closes its connections before it is gone itself.
+            cause = min(bad, key=lambda r: ((codes[r] or 0) > 0, codes[r] == EXIT_NODE, r))
+            patience = min(patience, time.monotonic() + _CAUSE)
+            if codes[cause] != EXIT_NODE or None not in codes or time.monotonic() > patience:
+                return cause
         if None not in codes:
             return None
         time.sleep(_POLL)

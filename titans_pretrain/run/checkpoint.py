@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -29,6 +30,8 @@ from titans_pretrain.run import dcp
 if TYPE_CHECKING:
     from titans_pretrain.config import CheckpointConfig
     from titans_pretrain.parallel.world import World
+
+log = logging.getLogger("titans_pretrain.checkpoint")
 
 FORMAT = 1
 
@@ -131,7 +134,9 @@ def _told(act: Callable[[], Any], world: World) -> Callable[[], Any]:
 
 
 def _first_cause(e: CheckpointException) -> str:
-    return "; ".join(f"rank {rank}: {cause[0]!r}" for rank, cause in e.failures.items())
+    return "; ".join(
+        f"rank {rank}: {type(cause).__name__} {cause}" for rank, (cause, _) in e.failures.items()
+    )
 
 
 def verify(folder: Path, world: World | None = None) -> dict[str, Any]:
@@ -142,11 +147,15 @@ def verify(folder: Path, world: World | None = None) -> dict[str, Any]:
     problem = ""
     try:
         checksums = json.loads((folder / "checksums.json").read_text())
+        needed = {dcp.METADATA_FILE, "state.json"} | {p.name for p in folder.glob("*.distcp")}
+        unlisted = needed - set(checksums)
+        if unlisted or not isinstance(checksums, dict):
+            raise ValueError(f"checksums.json does not list {', '.join(sorted(unlisted))}")
         rank, size = (world.rank, world.size) if world else (0, 1)
         for name in sorted(checksums)[rank::size]:
             if _sha256(folder / name) != checksums[name]:
                 problem = f"{folder / name}: its sha256 is not that of checksums.json"
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, TypeError) as e:
         problem = f"{folder}: {e}"
     problems = [p for p in (world.gather_objects(problem) if world else [problem]) if p]
     if problems:
@@ -197,13 +206,29 @@ def load(
     Raises ConfigError if the checkpoint is of another model.
     """
     _same_model(found, model)
-    dcp.load_tensors(found.folder, fragments, tensors)
+    _load_tensors(found.folder, fragments, tensors, None)
 
 
 def load_weights(found: Found, model: dict[str, Any], fragments: Sequence[Fragment]) -> None:
     """Collective. Reads weights alone (`train --init-from`)."""
     _same_model(found, model)
-    dcp.load_tensors(found.folder, fragments, {}, kinds=("weight",))
+    _load_tensors(found.folder, fragments, {}, ("weight",))
+
+
+def _load_tensors(
+    folder: Path,
+    fragments: Sequence[Fragment],
+    tensors: dict[str, torch.Tensor],
+    kinds: Sequence[str] | None,
+) -> None:
+    try:
+        dcp.load_tensors(folder, fragments, tensors, kinds)
+    except CheckpointException as e:  # on every rank
+        raise DataError(
+            f"checkpoint {folder} cannot be loaded: {_first_cause(e).splitlines()[0]}",
+            "a checkpoint holds this model's tensors and nothing else, in files that can be read",
+            "check the disk; use an earlier checkpoint, or one from a source that you trust",
+        ) from e
 
 
 def _same_model(found: Found, model: dict[str, Any]) -> None:
@@ -232,9 +257,13 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def prune(checkpoints: Path, keep: CheckpointConfig) -> list[int]:
-    """Removes what `keep` does not name; returns the steps removed. Rank 0 alone calls it."""
-    steps = list_steps(checkpoints)
+def prune(checkpoints: Path, keep: CheckpointConfig, newest: int) -> list[int]:
+    """Removes what `keep` does not name; returns the steps removed. Rank 0 alone calls it.
+
+    `newest`: the step just saved. Later ones are damaged, or the run would have gone on from them:
+    they count for nothing and stay until the run gets there. What cannot be removed is told.
+    """
+    steps = [s for s in list_steps(checkpoints) if s <= newest]
     stay = set(steps[-keep.keep_last :])
     if keep.keep_every:
         stay |= {s for s in steps if s % keep.keep_every == 0}
@@ -247,8 +276,11 @@ def prune(checkpoints: Path, keep: CheckpointConfig) -> list[int]:
     for step in gone:
         # Renamed first: a removal cut short leaves nothing that looks like a checkpoint.
         trash = checkpoints / f".removing-step-{step:08d}"
-        folder_of(checkpoints, step).rename(trash)
-        shutil.rmtree(trash)
+        try:
+            folder_of(checkpoints, step).rename(trash)
+            shutil.rmtree(trash)
+        except OSError as e:
+            log.warning("checkpoint of step %d not removed: %s", step, e)
     return gone
 
 
