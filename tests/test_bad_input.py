@@ -55,6 +55,16 @@ def test_cuda_where_there_is_none(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_world_without_an_address(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    code, message = attempt(small(tmp_path / "run", data))
+    assert code == 2 and "WORLD_SIZE=2 without MASTER_ADDR" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_ranks_that_do_not_share_the_batch(data: Path, tmp_path: Path) -> None:
     code, message = refused(3, small(tmp_path / "run", data))
     assert code == 2 and "3 data-parallel ranks" in message

@@ -118,6 +118,45 @@ def test_every_gradient_and_update_equals_one_plain_process(ranks: int, variant:
         assert result[3] == 20 and result[4] == 20
 
 
+def engine_calls(config: RunConfig, steps: int) -> list[str]:
+    """The engines' own functions, in the order in which `steps` steps called them."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from megatron.core.pipeline_parallel import schedules
+
+    calls: list[str] = []
+
+    def noted(owner: Any, name: str, what: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(what)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, call)
+
+    noted(schedules, "forward_backward_no_pipelining", "schedule")
+    noted(schedules, "forward_step", "forward")
+    noted(schedules, "backward_step", "backward")
+    noted(DeepSpeedEngine, "step", "zero")
+    world, step = start(config)
+    for s in range(1, steps + 1):
+        step(micro_batches(config, s, world.rank, world.size), s)
+    world.shut_down()
+    return calls
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_each_step_passes_once_through_each_engine(ranks: int) -> None:
+    """Seen by the engines: each micro-batch forward and backward in Megatron, then one ZeRO step.
+
+    Megatron runs the last micro-batch by the same two functions as the others.
+    """
+    micro = 4 // ranks
+    one_step = ["schedule", *["forward", "backward"] * micro, "zero"]
+    for calls in run_world(engine_calls, ranks, tiny_config(), 3):
+        assert calls == one_step * 3
+
+
 def first_update(config: RunConfig) -> Any:
     world, step = start(config)
     before = pieces(step.optimizer.fragments(), "weight")

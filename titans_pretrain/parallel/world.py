@@ -111,12 +111,18 @@ def start_world(train: TrainConfig, timeout_s: float = 1800) -> World:
     """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT describe.
 
     Without RANK this process is a world of one. gloo on a CPU, NCCL on CUDA (with gloo for CPU
-    tensors); Megatron's groups on top.
+    tensors); Megatron's groups on top. Raises ConfigError where they say too little.
     """
     env = os.environ
     rank, size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
     local_rank = int(env.get("LOCAL_RANK", rank))
     local_size = int(env.get("LOCAL_WORLD_SIZE", size))
+    if size > 1 and "MASTER_ADDR" not in env:
+        raise ConfigError(
+            f"WORLD_SIZE={size} without MASTER_ADDR in the environment",
+            "ranks find each other at MASTER_ADDR and MASTER_PORT",
+            "use train --ranks N or torchrun, which set them; or unset WORLD_SIZE",
+        )
     device = choose_device(train.device, local_rank)
     threads = train.threads or max(1, (os.cpu_count() or 1) // local_size)
     if device.type == "cuda":

@@ -162,7 +162,7 @@ def verify(folder: Path, world: World | None = None) -> dict[str, Any]:
         raise DataError(
             "damaged checkpoint " + "; ".join(problems),
             "every file of a checkpoint is as it was written",
-            "use an earlier checkpoint",
+            "use an earlier checkpoint; one is a folder RUN/checkpoints/step-NNNNNNNN",
         )
     state = json.loads((folder / "state.json").read_text())
     if state.get("format") != FORMAT:
