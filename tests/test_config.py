@@ -19,6 +19,7 @@ BAD = {
         "model.width/model.heads=3",
         "change model.width or model.heads",
     ),
+    "model.kv_heads=5": ("model.heads=16, model.kv_heads=5", "try model.kv_heads=4"),
     "model.segment=100": ("model.segment=100, model.memory.chunk=16", "try model.segment=96"),
     "data.sequence_length=500": ("data.sequence_length=500", "data.sequence_length=496"),
     "model.memory.chunk=0": ("model.memory.chunk=0", "change model.memory.chunk"),

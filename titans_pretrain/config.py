@@ -55,6 +55,7 @@ class ModelConfig(Section):
     blocks: Positive = 12
     width: Positive = 768
     heads: Positive = 16
+    kv_heads: Positive | None = None  # attention: heads of keys and values; default: as many
     mlp_width: Positive | None = None  # SwiGLU hidden width; default 8/3 width, rounded up to 64
     vocab_size: Positive | None = None  # default: the tokenizer's size, from the manifest
     tied_embeddings: bool = False
@@ -69,6 +70,11 @@ class ModelConfig(Section):
     @property
     def head_width(self) -> int:
         return self.width // self.heads
+
+    @property
+    def kv_width(self) -> int:
+        """Width of attention's keys and values."""
+        return (self.kv_heads or self.heads) * self.head_width
 
     @property
     def mlp_hidden(self) -> int:
@@ -97,6 +103,12 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.width/model.heads={self.head_width}; rotary embeddings need an even head "
                 "width; change model.width or model.heads"
+            )
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(
+                f"model.heads={self.heads}, model.kv_heads={self.kv_heads}; heads of queries share "
+                "those of keys and values evenly: kv_heads must divide heads; "
+                f"try model.kv_heads={_nearest_divisor(self.heads, self.kv_heads)}"
             )
         chunk = self.memory.chunk
         if self.variant == "mac" and self.segment % chunk:

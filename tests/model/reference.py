@@ -58,6 +58,13 @@ def softmax_read(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Ten
     return (torch.softmax(scores, 0)[..., None] * torch.stack(values)).sum(0)
 
 
+def shared(config: ModelConfig, x: Tensor) -> Tensor:
+    """Keys or values [K * d] -> [H, d]: query head h has those of head h // (H / K)."""
+    kv_heads = config.kv_heads or config.heads
+    x = x.view(kv_heads, -1)
+    return torch.stack([x[h * kv_heads // config.heads] for h in range(config.heads)])
+
+
 def attention(config: ModelConfig, p: P, x: list[Tensor]) -> list[Tensor]:
     return [p["attention.o.weight"] @ y.flatten() for y in windowed(config, p, x, [])]
 
@@ -65,9 +72,10 @@ def attention(config: ModelConfig, p: P, x: list[Tensor]) -> list[Tensor]:
 def windowed(config: ModelConfig, p: P, x: list[Tensor], prefix: list[Tensor]) -> list[Tensor]:
     """What each token of x reads [H, d], before any output projection."""
     H, keys, values, out = config.heads, [], [], []
-    always = [[(p[f"attention.{n}.weight"] @ u).view(H, -1) for u in prefix] for n in "kv"]
+    always = [[shared(config, p[f"attention.{n}.weight"] @ u) for u in prefix] for n in "kv"]
     for t, u in enumerate(x):
-        q, k, v = ((p[f"attention.{n}.weight"] @ u).view(H, -1) for n in "qkv")
+        q = (p["attention.q.weight"] @ u).view(H, -1)
+        k, v = (shared(config, p[f"attention.{n}.weight"] @ u) for n in "kv")
         keys.append(turned(k, t, config))
         values.append(v)
         first = 0 if config.window is None else max(0, t - config.window + 1)
@@ -198,7 +206,7 @@ def mac(config: ModelConfig, p: P, x: list[Tensor]) -> list[Tensor]:
     asked, out = Stream(p, "q", H, True), []
 
     def key_value(u: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        k, v = ((p[f"attention.{n}.weight"] @ u).view(H, -1) for n in "kv")
+        k, v = (shared(config, p[f"attention.{n}.weight"] @ u) for n in "kv")
         return turned(k, position, config), v
 
     for t, u in enumerate(x):

@@ -3,7 +3,8 @@
 Written for one device. Head counts are read off the tensors (`view(B, T, -1, d)`), so that the
 linear layers can be replaced by head-sharded ones from outside.
 
-Shape letters: B rows, T tokens of a row, D model width, H heads, d head width, M hidden width.
+Shape letters: B rows, T tokens of a row, S of its keys, D model width, H heads, K heads of keys and
+values, d head width.
 """
 
 from __future__ import annotations
@@ -81,13 +82,16 @@ def rotate(x: Tensor, by: Rotation) -> Tensor:
 class Attention(nn.Module):
     """The projections of softmax attention; which keys a query sees, the caller says.
 
-    `output` False leaves out the last one, for a mixer that has its own.
+    With fewer heads of keys and values than of queries (kv_width below width), neighbouring heads
+    of queries share one (grouped queries, arXiv 2305.13245). `output` False leaves out the output
+    projection, for a mixer that has its own.
     """
 
     def __init__(
         self,
         width: int,
         head_width: int,
+        kv_width: int,
         *,
         output: bool = True,
         device: torch.device | str | None = None,
@@ -96,8 +100,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_width = head_width
         self.q = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
-        self.k = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
-        self.v = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
+        self.k = nn.Linear(width, kv_width, bias=False, device=device, dtype=dtype)
+        self.v = nn.Linear(width, kv_width, bias=False, device=device, dtype=dtype)
         self.o = None
         if output:
             self.o = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
@@ -109,10 +113,13 @@ class Attention(nn.Module):
     def read(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool = False
     ) -> Tensor:
-        """softmax(q k^T / sqrt(d)) v: [B, H, T, d] -> [B, T, H*d].
+        """softmax(q k^T / sqrt(d)) v: q [B, H, T, d], k, v [B, K, S, d] -> [B, T, H*d].
 
         mask [B or 1, 1, T, S] is True where a query sees a key; each query must see one at least.
         """
+        shared = q.shape[1] // k.shape[1]
+        if shared > 1:  # written out: with a mask, not every kernel takes grouped heads
+            k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return y.transpose(1, 2).flatten(-2)
 

@@ -15,11 +15,11 @@ GATED = ("lmm", "mal")  # variants whose memory has an output gate
 
 def parameter_count(config: ModelConfig) -> dict[str, int]:
     """Parameters by part; a tied head counts 0. `fast_init`: the memory's first weights."""
-    D, H, L = config.width, config.heads, config.memory.depth
+    D, H, L, kv = config.width, config.heads, config.memory.depth, config.kv_width
     vocabulary = (config.vocab_size or 0) * D
     attention = memory = fast = 0
     if config.variant != "lmm":
-        attention = 4 * D * D
+        attention = 2 * D * (D + kv)
     if config.variant == "mag":
         attention += D - D * D  # the norm of what attention reads; the memory's `out` for both
     if config.variant != "transformer":
@@ -55,7 +55,7 @@ def flops_per_token(
     whole chunks and segments. What persistent tokens cost once a forward counts as this document's.
     """
     D, H, C, G = config.width, config.heads, config.memory.chunk, config.segment
-    T, P, spec = sequence_length, config.persistent_tokens, config.memory
+    T, P, spec, kv = sequence_length, config.persistent_tokens, config.memory, config.kv_width
     shapes = _shapes(config)
     products = sum(a * o for a, o in shapes)
     flops = {
@@ -80,13 +80,13 @@ def flops_per_token(
     if config.variant in ("transformer", "mag", "mal"):
         window = config.attention_window or T
         seen = sum(min(t + 1, window) for t in range(T)) / T if useful else T
-        flops["attention_maps"], flops["attention"] = 8.0 * D * D, 4.0 * D * seen
+        flops["attention_maps"], flops["attention"] = 4.0 * D * (D + kv), 4.0 * D * seen
     if config.variant in ("mag", "mal"):
         # Persistent tokens: through the memory, in whole chunks, then keys and values.
         flops["memory"] *= 1 + -(-P // C) * C / T
         maps = 5 if config.variant == "mal" else 3  # MAG drops what is read there
         flops["memory_maps"] += 2.0 * D * (maps * D + 3 * H * spec.depth) * P / T
-        flops["attention_maps"] += 4.0 * D * D * P / T
+        flops["attention_maps"] += 4.0 * D * kv * P / T
         flops["attention"] += 4.0 * D * P
     if config.variant == "mag":
         flops["attention_maps"] -= 2.0 * D * D  # the memory's `out` serves both
@@ -98,8 +98,8 @@ def flops_per_token(
             past = sum((i + 1) // pool for i in range(G)) / G if pool else R
             seen = P + past + (G + 1) / 2
         # Keys and values of memory tokens, and, once a forward, of persistent ones.
-        extra = 4.0 * D * D * (R / G + P / T)
-        flops["attention_maps"], flops["attention"] = 8.0 * D * D + extra, 4.0 * D * seen
+        mapped = 4.0 * D * (D + kv) + 4.0 * D * kv * (R / G + P / T)
+        flops["attention_maps"], flops["attention"] = mapped, 4.0 * D * seen
         flops["retrieval"] = H * 2.0 * products * R / G
     total = {part: config.blocks * n for part, n in flops.items()}
     total["head"] = 2.0 * D * (config.vocab_size or 0)

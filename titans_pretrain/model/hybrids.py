@@ -71,7 +71,9 @@ class _Hybrid(nn.Module):
     ) -> None:
         super().__init__()
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.attention = Attention(config.width, config.head_width, output=output, **where)
+        self.attention = Attention(
+            config.width, config.head_width, config.kv_width, output=output, **where
+        )
         self.memory = memory_layer(config, output_gate=output_gate, **where)
         self.persistent = None
         if config.persistent_tokens:

@@ -1,7 +1,7 @@
 """MAC: the memory's answers as context of segment attention (Titans, section 4.1).
 
 Shape letters: B rows, T tokens of a row, n documents of a step, w slots of a step, D model width,
-H heads, d head width.
+H heads (for keys and values of attention K, which divide them), d head width.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class MacState:
     asked_tail: Tensor | None  # [B, 3, D] of the queries of X
     tails: tuple[Tensor, ...]  # of queries, keys, values of Y, each [B, 3, D]
     frozen: tuple[Tensor, ...]  # the memory's weights at the open segment's start [B, H, a, o]
-    segment: tuple[Tensor, ...]  # keys and values of the open segment, each [B, H, slots, d]
+    segment: tuple[Tensor, ...]  # keys and values of the open segment, each [B, K, slots, d]
     retrieved: tuple[Tensor, ...]  # keys and values of its memory tokens, likewise
     query: Tensor  # [B, H, 1, d] with which the last token asked the memory
 
@@ -57,7 +57,7 @@ class MacMixer(nn.Module):
     ) -> None:
         super().__init__()
         D, d = config.width, config.head_width
-        self.attention = Attention(D, d, device=device, dtype=dtype)
+        self.attention = Attention(D, d, config.kv_width, device=device, dtype=dtype)
         self.memory = memory
         self.pool = POOL[config.memory.retrieved]
         self.persistent = self.asked = None
@@ -81,7 +81,8 @@ class MacMixer(nn.Module):
         # What depends on X alone is formed for all tokens at once, then put into slots.
         q, k, v = a.heads(a.q(x)), a.heads(a.k(x)), a.heads(a.v(x))
         q, k = rotate(q, plan.rotation), rotate(k, plan.rotation)
-        context = _slots(torch.stack((q, k, v)), plan)
+        context = _slots(torch.cat((q, k, v), dim=1)[None], plan)
+        widths = (q.shape[1], k.shape[1], v.shape[1])
         queries: list[Tensor | None] = [None] * len(plan.steps)
         asked_tail = None
         if self.pool is not None:
@@ -91,7 +92,7 @@ class MacMixer(nn.Module):
         persistent = None
         if self.persistent is not None:
             p = self.persistent[None]
-            persistent = torch.stack((a.heads(a.k(p)), a.heads(a.v(p))))  # [2, 1, H, P, d]
+            persistent = torch.stack((a.heads(a.k(p)), a.heads(a.v(p))))  # [2, 1, K, P, d]
 
         open_ = None if state is None else _OpenSegment(state, plan)
         memory = None if open_ is None else open_.memory
@@ -102,8 +103,9 @@ class MacMixer(nn.Module):
             query, frozen = queries[s], None if memory is None else memory.weights
             if open_ is not None and s == 0:
                 query, frozen = open_.query(query, step), open_.frozen(m.start(n).weights)
-            retrieved = self._retrieved(query, frozen, step, plan, x.dtype)  # [2, n, H, r, d]
-            segment = context[s][1:]  # [2, n, H, w, d]
+            retrieved = self._retrieved(query, frozen, step, plan, x.dtype)  # [2, n, K, r, d]
+            q, k, v = context[s][0].split(widths, dim=1)  # each [n, heads, w, d]
+            segment = torch.stack((k, v))
             if open_ is not None and s == 0:
                 retrieved = open_.retrieved(retrieved, step, self.pool)
                 segment = open_.segment(segment, step)
@@ -111,7 +113,7 @@ class MacMixer(nn.Module):
             if persistent is not None:
                 parts.insert(0, persistent.expand(-1, n, -1, -1, -1))
             k, v = torch.cat(parts, dim=3)
-            y = a.project(a.read(context[s][0], k, v, step.mask))  # [n, w, D]
+            y = a.project(a.read(q, k, v, step.mask))  # [n, w, D]
 
             q_m, q_tail = m.queries(y, step.conv, tails[0])
             k_m, k_tail = m.keys(y, step.conv, tails[1])
@@ -143,7 +145,7 @@ class MacMixer(nn.Module):
         plan: SegmentPlan,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Keys and values [2, n, H, r, d] of the memory tokens that this step's queries form."""
+        """Keys and values [2, n, K, r, d] of the memory tokens that this step's queries form."""
         a, m = self.attention, self.memory
         if self.asked is not None:
             asked = F.normalize(self.asked.to(m.first_weights()[0].dtype), dim=-1, eps=1e-6)
@@ -161,7 +163,7 @@ class MacMixer(nn.Module):
         memory = self.memory.start(x.shape[0])
         H, d = memory.weights[0].shape[1], self.attention.head_width
         tail = memory.weights[0].new_zeros(x.shape[0], TAIL, H * d)
-        slots = x.new_zeros(x.shape[0], H, 0, d)
+        slots = x.new_zeros(x.shape[0], self.attention.k.weight.shape[0] // d, 0, d)
         return MacState(
             memory=memory,
             asked_tail=None if self.pool is None else tail,
@@ -241,7 +243,7 @@ class _OpenSegment:
         return self._resume(self.state.retrieved, new, step.retrieved[0], self.plan.skipped // pool)
 
     def _resume(self, old: tuple[Tensor, ...], new: Tensor, begin: int, count: Tensor) -> Tensor:
-        """The first `count` [n, 1, 1, 1] slots from `old`, the others from `new` [2, n, H, w, d]"""
+        """The first `count` [n, 1, 1, 1] slots from `old`, the others from `new` [2, n, K, w, d]"""
         end = begin + new.shape[3]
         kept = torch.stack(old)[:, self.rows, :, :end]
         kept = F.pad(kept, (0, 0, 0, end - kept.shape[3]))

@@ -29,8 +29,8 @@ ModelState = Mapping[str, Any]  # block name -> what its mixer carries on
 class AttentionState:
     """Keys and values that later tokens of the open documents can see."""
 
-    k: Tensor  # [B, H, S, d], rotated
-    v: Tensor  # [B, H, S, d]
+    k: Tensor  # [B, K, S, d], rotated; K heads of keys and values
+    v: Tensor  # [B, K, S, d]
     positions: Tensor  # [B, S]
 
 
@@ -45,7 +45,9 @@ class TransformerMixer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.attention = Attention(config.width, config.head_width, device=device, dtype=dtype)
+        self.attention = Attention(
+            config.width, config.head_width, config.kv_width, device=device, dtype=dtype
+        )
 
     def forward(
         self, x: Tensor, plan: AttentionPlan, state: AttentionState | None, carry: bool
