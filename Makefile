@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 RUN ?= runs/demo
-RANKS ?=
+RANKS ?= 2
 ARGS ?=
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' requirements.txt)

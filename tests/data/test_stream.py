@@ -2,6 +2,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,7 +241,7 @@ def test_killed_worker_is_a_node_error(prepared):
 
 
 SIGNALLED = """
-import itertools, os, signal, sys, time
+import itertools, signal, subprocess, sys, time
 import psutil
 from tests.data.test_stream import stream
 batches = stream(sys.argv[1], workers=2).batches(stream(sys.argv[1]).start())
@@ -248,8 +249,8 @@ first = next(batches)
 started = psutil.Process().children(recursive=True)
 assert len(started) >= 3, started  # two workers, and the process that they are forked from
 for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-    for process in started:
-        os.kill(process.pid, number)
+    # From a third process, as a terminal or a scheduler does: the rank's own SIGTERM ends a loader.
+    subprocess.run(["kill", f"-{int(number)}", *(str(p.pid) for p in started)], check=True)
 time.sleep(0.5)
 for _ in itertools.islice(batches, 20):
     pass
@@ -269,3 +270,16 @@ def test_workers_outlive_the_signals_that_ask_the_run_to_stop(prepared):
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_folder_with_another_tokenizer_is_refused(prepared, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(prepared, folder)
+    stream(folder)
+    model = folder / "tokenizer.model"
+    model.write_bytes(model.read_bytes() + b"x")
+    with pytest.raises(DataError, match=r"tokenizer\.model: sha256 \w+\.\.\., manifest sha256"):
+        stream(folder)
+    model.unlink()
+    with pytest.raises(DataError, match=r"tokenizer\.model: No such file"):
+        stream(folder)

@@ -8,7 +8,10 @@ next sample number and the intervals to skip: the same on every rank, whatever t
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Generator, Iterator
 from multiprocessing import resource_tracker
 from typing import Any
@@ -118,6 +121,7 @@ class TrainStream:
             )
         self.data, self.align = data, align
         self.manifest = load_manifest(_folder(data))
+        self.manifest.require_tokenizer()
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self._samples = _Samples(
@@ -193,6 +197,7 @@ class TrainStream:
             prefetch_factor=PREFETCH,
             multiprocessing_context="forkserver",  # a fork after backward may hang
             generator=torch.Generator(),  # or the loader would draw from the global one
+            worker_init_fn=_live_with_parent,
         )
         with _stop_signals_blocked():
             rows = iter(loader)  # starts the workers
@@ -247,6 +252,25 @@ def _stop_signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _live_with_parent(_: int) -> None:
+    """In a worker: ends it with the rank that started it, or at that rank's word.
+
+    A forkserver's children do not see that the process that asked for them is gone (torch looks at
+    their parent, which is the server): after a kill -9 they would stay for ever.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        while parent.is_alive():
+            told = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+            if told is not None and told.si_pid == parent.pid:
+                break
+        os._exit(0)
+
+    threading.Thread(target=watch, name="live-with-parent", daemon=True).start()
 
 
 def _as_read(rows: Any) -> Any:
