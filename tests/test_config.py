@@ -27,6 +27,7 @@ BAD = {
         "model.memory.chunk=24",
         "use one of these chunks",
     ),
+    "train.z_loss=-1e-4": ("train.z_loss=", "change train.z_loss"),
     "train.steps=-1": ("train.steps=-1", "change train.steps"),
     "model.memory.depth=4": ("model.memory.depth=4", "change model.memory.depth"),
     "optim.lr=fast": ("optim.lr='fast'", "change optim.lr"),

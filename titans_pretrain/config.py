@@ -175,6 +175,8 @@ class TrainConfig(Section):
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: Literal["none", "blocks"] = "none"  # activation checkpointing
+    # Times (log sum exp logits)^2, added to each label's loss in training (e.g. 1e-4).
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: NonNegative = 0  # CPU threads of a rank; 0: cores divided by ranks on this machine
 

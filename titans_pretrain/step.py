@@ -12,7 +12,7 @@ import torch
 from titans_pretrain.config import ModelConfig, RunConfig
 from titans_pretrain.data.batch import Batch
 from titans_pretrain.errors import DivergedError
-from titans_pretrain.model.loss import token_loss
+from titans_pretrain.model.loss import token_loss, z_penalty
 from titans_pretrain.model.titans import TitansLM, initialise, kind
 from titans_pretrain.parallel.layout import Layout
 from titans_pretrain.parallel.pipeline import Schedule, Stage
@@ -33,6 +33,7 @@ class StepReport:
     lr: float
     by_source: dict[int, float]  # source index -> nats a label
     seconds: dict[str, float]  # this rank's wall time by phase
+    z_loss: float = 0.0  # train.z_loss times the mean (log sum exp logits)^2; not part of `loss`
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class TrainStep:
             device=world.device,
             recompute=config.train.recompute == "blocks",
         )
-        self.stage = Stage(self.model, token_loss, dtype)
+        z = config.train.z_loss
+        self.stage = Stage(self.model, token_loss, dtype, (z, z_penalty) if z else None)
         self.schedule = Schedule(self.stage, layout.data_parallel, world.device)
         o = config.optim
         self.groups = param_groups(self.model.named_parameters(), kind, o)
@@ -107,7 +109,7 @@ class TrainStep:
         # One small reduction tells every rank the loss and whether all is finite.
         finite = self._gradients_finite()
         nats = [sums.by_source.get(i, (0.0, 0))[0] for i in range(sources)]
-        *nats, bad = self.world.sum([*nats, float(not finite)])
+        *nats, penalty, bad = self.world.sum([*nats, sums.penalty, float(not finite)])
         loss = sum(nats) / max(1, tokens)
         if bad or not _finite(loss):
             raise self._diverged(step, loss, micro_batches)
@@ -122,7 +124,8 @@ class TrainStep:
             "forward_backward": forward_backward,
             "optimizer": time.perf_counter() - began,
         }
-        return StepReport(loss, tokens, norm, lr, by_source, seconds)
+        z_loss = self.config.train.z_loss * penalty / max(1, tokens)
+        return StepReport(loss, tokens, norm, lr, by_source, seconds, z_loss)
 
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """(nats a label, labels) over all ranks' batches; every rank passes equally many.

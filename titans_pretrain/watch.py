@@ -110,6 +110,8 @@ class Watch:
             "time/checkpoint_s": self.checkpoint_seconds,
             "machine/resident_gib": self._process.memory_info().rss / 2**30,
         }
+        if self.config.train.z_loss:
+            values["train/z_loss"] = report.z_loss
         if self.world.device.type == "cuda":
             values["machine/cuda_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         for index, name in enumerate(self.config.data.sources):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parallel.tiny import PlainRun, micro_batches, tiny_config
+from tests.parallel.tiny import PlainRun, batch_of, micro_batches, tiny_config
 from tests.worlds import run_world
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import DivergedError
@@ -79,11 +79,12 @@ def run_steps(config: RunConfig, reference: dict[int, Any], steps: list[int]) ->
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("variant", ["transformer", "tied", "lmm", "mac", "mag", "mal"])
+@pytest.mark.parametrize("variant", ["transformer", "tied", "z-loss", "lmm", "mac", "mag", "mal"])
 def test_every_gradient_and_update_equals_one_plain_process(ranks: int, variant: str) -> None:
     config = tiny_config(
-        model__variant="transformer" if variant == "tied" else variant,
+        model__variant="transformer" if variant in ("tied", "z-loss") else variant,
         model__tied_embeddings=variant == "tied",
+        train__z_loss=0.1 if variant == "z-loss" else 0.0,
     )
     plain = PlainRun(config)
     begin = plain.weights()
@@ -257,3 +258,29 @@ def test_recompute_changes_nothing() -> None:
     (plain,) = run_world(losses, 1, tiny_config())
     (again,) = run_world(losses, 1, tiny_config(train__recompute="blocks"))
     assert plain == again
+
+
+def z_losses(config: RunConfig) -> Any:
+    world, step = start(config)
+    batches = micro_batches(config, 1, world.rank, world.size)
+    before = step.evaluate(batches)
+    report = step(batches, 1)
+    world.shut_down()
+    return before, report.loss, report.z_loss, report.grad_norm
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_z_loss_is_reported_beside_the_loss_and_never_in_it(ranks: int) -> None:
+    plain = PlainRun(tiny_config(train__global_batch=8))
+    batch = batch_of(list(range(8, 16)))  # the samples of step 1
+    with torch.no_grad():
+        logits = plain.model(batch.tokens, batch.positions)[0][batch.loss_mask]
+    expected = 0.25 * logits.exp().sum(-1).log().square().mean().item()
+    assert expected > 0.1
+    (with_z, *_), (without, *_) = (
+        run_world(z_losses, ranks, tiny_config(train__z_loss=z)) for z in (0.25, 0.0)
+    )
+    assert with_z[:2] == without[:2]  # what is validated and reported: the cross entropy
+    assert with_z[1] == pytest.approx(with_z[0][0], rel=1e-6)
+    assert with_z[2] == pytest.approx(expected, rel=1e-5) and without[2] == 0
+    assert abs(with_z[3] / without[3] - 1) > 1e-3

@@ -110,8 +110,9 @@ class PlainRun:
         )
         logits, _ = self.model(batch.tokens, batch.positions)
         loss = token_loss(logits, batch.labels)[batch.loss_mask].mean()
+        z = logits[batch.loss_mask].exp().sum(-1).log().square().mean()
         self.adamw.zero_grad()
-        loss.backward()
+        (loss + self.config.train.z_loss * z).backward()
         gradients = {n: p.grad.clone() for n, p in self.model.named_parameters()}
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip)
         for group in self.adamw.param_groups:

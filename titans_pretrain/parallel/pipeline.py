@@ -26,19 +26,27 @@ class StepLoss:
     loss: float  # nats, summed over counted labels
     tokens: int  # counted labels
     by_source: dict[int, tuple[float, int]]  # source index -> (nats, labels)
+    penalty: float = 0.0  # summed over counted labels, without its coefficient
+
+
+Penalty = Callable[[torch.Tensor], torch.Tensor]  # logits [B, T, V] -> [B, T]
 
 
 class Stage(nn.Module):
-    """One pipeline stage as Megatron's schedules see it: a config, an input, a forward."""
+    """One pipeline stage as Megatron's schedules see it: a config, an input, a forward.
+
+    penalty: a coefficient and what it multiplies, added to the loss of each label in training.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         token_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         dtype: torch.dtype,
+        penalty: tuple[float, Penalty] | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.token_loss = model, token_loss
+        self.model, self.token_loss, self.penalty = model, token_loss, penalty
         # Megatron reads its schedule switches from a TransformerConfig; its sizes mean nothing.
         self.config = TransformerConfig(
             num_layers=1,
@@ -55,10 +63,13 @@ class Stage(nn.Module):
         self.input = tensor[0] if isinstance(tensor, list) else tensor
 
     def forward(self, batch: Batch, device: torch.device) -> torch.Tensor:
-        """[B, T] cross entropy of each label, fp32."""
+        """Cross entropy of each label [1, B, T], fp32; in training, with a penalty, that too."""
         # The model plans from positions on the host: there they stay.
         logits, _ = self.model(batch.tokens.to(device), batch.positions, carry=False)
-        return self.token_loss(logits, batch.labels.to(device))
+        terms = [self.token_loss(logits, batch.labels.to(device))]
+        if self.penalty is not None and torch.is_grad_enabled():
+            terms.append(self.penalty[1](logits))
+        return torch.stack(terms)
 
 
 class Schedule:
@@ -80,19 +91,24 @@ class Schedule:
         # data-parallel ranks: undone here, so that the loss is the mean over tokens_in_step.
         scale = len(micro_batches) * self.data_parallel / max(1, tokens_in_step)
         losses: list[tuple[torch.Tensor, Batch]] = []
+        coefficient = 0.0 if self.stage.penalty is None else self.stage.penalty[0]
 
         def forward_step(batches: Iterator[Batch], stage: nn.Module) -> tuple[torch.Tensor, Any]:
             batch = next(batches)
-            nats = stage(batch, self.device)
+            terms = stage(batch, self.device)
             mask = batch.loss_mask.to(self.device)
 
-            def loss(nats: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+            def loss(terms: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
                 # Select, never multiply: a pad's loss may be anything, even not finite.
-                counted = torch.where(mask, nats, torch.zeros_like(nats))
+                counted = torch.where(mask, terms, torch.zeros_like(terms))
                 losses.append((counted.detach(), batch))
-                return counted.sum() * scale, {}
+                nats, *penalty = counted.unbind()
+                total = nats.sum()
+                for term in penalty:
+                    total = total + coefficient * term.sum()
+                return total * scale, {}
 
-            return nats, loss
+            return terms, loss
 
         with compat.cuda_literals(), torch.set_grad_enabled(train):
             get_forward_backward_func()(
@@ -110,8 +126,10 @@ class Schedule:
 
 def _totals(losses: list[tuple[torch.Tensor, Batch]]) -> StepLoss:
     by_source: dict[int, tuple[float, int]] = {}
-    for nats, batch in losses:
-        rows = nats.double().sum(1).tolist()
+    penalty = 0.0
+    for terms, batch in losses:
+        rows, *more = terms.double().sum(2).tolist()
+        penalty += sum(sum(term) for term in more)
         counts = batch.loss_mask.sum(1).tolist()
         for source, loss, count in zip(batch.source.tolist(), rows, counts, strict=True):
             have = by_source.get(source, (0.0, 0))
@@ -120,4 +138,5 @@ def _totals(losses: list[tuple[torch.Tensor, Batch]]) -> StepLoss:
         sum(loss for loss, _ in by_source.values()),
         sum(count for _, count in by_source.values()),
         by_source,
+        penalty,
     )
