@@ -33,6 +33,7 @@ BAD = {
     "optim.lr=fast": ("optim.lr='fast'", "change optim.lr"),
     "model.variant=gpt": ("model.variant='gpt'", "change model.variant"),
     "train.global_batch=9": ("train.global_batch=9", "micro_batch that divides it"),
+    "optim.schedule=wsd": ("optim.decay_steps=0", "optim.schedule=constant"),
     "optim.schedule=wsd optim.decay_steps=2000": ("optim.decay_steps=2000", "shorten them"),
     "optim.min_lr=1": ("optim.min_lr=1.0", "lower optim.min_lr"),
     "data.sources={}": ("data.sources={}", "change data.sources"),

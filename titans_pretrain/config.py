@@ -231,6 +231,11 @@ class RunConfig(Section):
                 "micro_batch that divides it"
             )
         o, steps = self.optim, self.train.steps
+        if o.schedule == "wsd" and not o.decay_steps:
+            raise ValueError(
+                "optim.decay_steps=0, optim.schedule=wsd; wsd ends with a decay; set "
+                "optim.decay_steps (about a tenth of the run), or optim.schedule=constant"
+            )
         if o.schedule == "wsd" and o.warmup_steps + o.decay_steps > steps:
             raise ValueError(
                 f"optim.warmup_steps={o.warmup_steps} + optim.decay_steps={o.decay_steps} > "

@@ -98,6 +98,7 @@ def lost_peers_told() -> Iterator[None]:
         )
         if not gone:
             raise
+        log.warning("lost another rank", exc_info=e)
         raise NodeError(
             f"lost another rank: {str(e).strip().splitlines()[0]}",
             "all ranks live as long as the run",

@@ -22,11 +22,16 @@ def test_each_signal_sets_the_flag_and_the_first_one_is_the_reason():
             assert stop.reason == signal.Signals(number).name
 
 
-def test_a_second_ctrl_c_interrupts_and_the_handlers_go_back():
+def test_a_second_ctrl_c_interrupts_and_the_handlers_go_back(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
     before = [signal.getsignal(s) for s in signals.SIGNALS]
     with signals.stop_request() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.reason == "SIGINT"
+        now[0] += 0.9
+        os.kill(os.getpid(), signal.SIGINT)  # the same one, forwarded
+        now[0] += 0.2
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert [signal.getsignal(s) for s in signals.SIGNALS] == before

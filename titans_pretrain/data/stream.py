@@ -43,15 +43,23 @@ class _Samples(Dataset[Rows]):
 
     def __init__(self, folder: str, split: str, length: int, align: int, vocab: int, seed: int):
         self.recipe = (folder, split, length, align, vocab, seed)
+        self.manifest_hash = ""  # as the rank found it, for its workers
         self._open: tuple[BlockReader, Order] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"recipe": self.recipe, "_open": None}
+        return {**self.__dict__, "_open": None}
 
     def opened(self, manifest: Manifest | None = None) -> tuple[BlockReader, Order]:
         if self._open is None:
             folder, split, length, align, vocab, seed = self.recipe
             manifest = manifest or load_manifest(folder)
+            if self.manifest_hash not in ("", manifest.hash):
+                raise DataError(
+                    f"{folder}: its manifest changed while the run was starting",
+                    "all processes of a run read the same data",
+                    "start again",
+                )
+            self.manifest_hash = manifest.hash
             reader = BlockReader(manifest, split, length, align, vocab)
             self._open = reader, Order(reader.blocks, f"{manifest.hash}:{seed}")
         return self._open

@@ -124,7 +124,7 @@ def start_world(train: TrainConfig, timeout_s: float = 1800) -> World:
             "use train --ranks N or torchrun, which set them; or unset WORLD_SIZE",
         )
     device = choose_device(train.device, local_rank)
-    threads = train.threads or max(1, (os.cpu_count() or 1) // local_size)
+    threads = train.threads or max(1, len(os.sched_getaffinity(0)) // local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -49,7 +49,7 @@ def param_groups(
 
     `kind(name)` says to which group a parameter belongs: `decay` (matrices), `no_decay` (gains,
     biases, embeddings as the model decides), `gate` (the memory's gates) or `fast_init` (learned
-    initial fast weights). A group holds `params`, `weight_decay`, `lr_scale` (for `set_lr`), `lr`
+    initial fast weights). A group holds `params`, `weight_decay`, `lr_scale`, `lr`
     (the scaled peak), its `kind` and the `names` of its parameters in the order of `params`.
     Parameters that need no gradient are left out.
     """
@@ -78,9 +78,3 @@ def param_groups(
         for k in KINDS
         if members[k]
     ]
-
-
-def set_lr(groups: Iterable[dict[str, Any]], lr: float) -> None:
-    """Sets each group's rate to `lr` times its own scale."""
-    for group in groups:
-        group["lr"] = lr * group["lr_scale"]

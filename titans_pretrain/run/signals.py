@@ -11,10 +11,12 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+SAME = 1.0  # seconds in which a second SIGINT is taken for the first
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -25,6 +27,7 @@ class StopRequest:
         self._by: int | None = None
         self._owner = os.getpid()
         self._before: dict[int, Any] = {}
+        self._interrupted = float("inf")  # when SIGINT first came
 
     @property
     def requested(self) -> bool:
@@ -40,6 +43,7 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before, self._by = {}, None
+        self._interrupted = float("inf")
 
     def _install(self) -> None:
         if self._before or threading.current_thread() is not threading.main_thread():
@@ -53,7 +57,10 @@ class StopRequest:
             return
         self._by = number if self._by is None else self._by
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            # One Ctrl-C may come twice: from the terminal, and forwarded by a launcher.
+            if time.monotonic() - self._interrupted > SAME:
+                signal.default_int_handler(number, frame)
+            self._interrupted = min(self._interrupted, time.monotonic())
 
     @staticmethod
     def _handle_in_child(number: int) -> None:
