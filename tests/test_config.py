@@ -27,6 +27,13 @@ BAD = {
         "model.memory.chunk=24",
         "use one of these chunks",
     ),
+    "model.dropout=0.1": ("model.dropout=0.1", "remove model.dropout"),
+    "train.ramp.start=3 train.ramp.steps=9": ("train.ramp.start=3", "divides global_batch"),
+    "train.ramp.start=4 train.ramp.steps=9": (
+        "train.micro_batch=8",
+        "micro_batch divides",
+    ),
+    "train.ramp.start=8": ("train.ramp.steps: missing", "set train.ramp.steps"),
     "train.z_loss=-1e-4": ("train.z_loss=", "change train.z_loss"),
     "train.steps=-1": ("train.steps=-1", "change train.steps"),
     "model.memory.depth=4": ("model.memory.depth=4", "change model.memory.depth"),
@@ -92,6 +99,12 @@ def test_overrides_win_and_the_dump_is_the_same_config(path: Path) -> None:
     assert (config.optim.lr, config.model.memory.chunk, config.data.workers) == (1e-3, 64, 0)
     path.write_text(dump_config(config))
     assert load_config(path) == config
+
+
+def test_no_dropout_may_be_said_and_leaves_no_trace(path: Path) -> None:
+    """Models of checkpoints are compared key by key: this one is not among them."""
+    config = load_config(path, ["model.dropout=0"])
+    assert config == load_config(path) and "dropout" not in dump_config(config)
 
 
 def test_nothing_changes_a_config(path: Path) -> None:

@@ -65,6 +65,7 @@ class ModelConfig(Section):
     window: Positive | None = None
     rope_base: PositiveFloat = 10_000.0
     norm_eps: PositiveFloat = 1e-5
+    dropout: float = Field(default=0.0, exclude=True)  # there is none; other values are refused
     memory: MemoryConfig = MemoryConfig()
 
     @property
@@ -109,6 +110,12 @@ class ModelConfig(Section):
                 f"model.heads={self.heads}, model.kv_heads={self.kv_heads}; heads of queries share "
                 "those of keys and values evenly: kv_heads must divide heads; "
                 f"try model.kv_heads={_nearest_divisor(self.heads, self.kv_heads)}"
+            )
+        if self.dropout:
+            raise ValueError(
+                f"model.dropout={self.dropout}; there is no dropout: its random states, one a rank "
+                "(Megatron's RNG tracker), would have to be kept over recompute and in checkpoints "
+                "for a run to resume exactly; remove model.dropout"
             )
         chunk = self.memory.chunk
         if self.variant == "mac" and self.segment % chunk:
@@ -168,10 +175,18 @@ class OptimConfig(Section):
     clip: PositiveFloat = 1.0
 
 
+class RampConfig(Section):
+    """A batch that grows evenly, in whole multiples of its first size."""
+
+    start: Positive  # rows of the first step; a divisor of global_batch
+    steps: Positive  # steps of growth; after them every step has global_batch rows
+
+
 class TrainConfig(Section):
     steps: Positive = 1000
     global_batch: Positive = 8  # rows of sequence_length tokens in one optimizer step
     micro_batch: Positive = 8  # rows in one forward-backward of one rank
+    ramp: RampConfig | None = None  # smaller batches at first; default: none
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: Literal["none", "blocks"] = "none"  # activation checkpointing
@@ -179,6 +194,13 @@ class TrainConfig(Section):
     z_loss: Annotated[float, Field(ge=0)] = 0.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: NonNegative = 0  # CPU threads of a rank; 0: cores divided by ranks on this machine
+
+    def rows(self, step: int) -> int:
+        """Rows of step number `step` (from 1) over all ranks: a function of the step alone."""
+        if self.ramp is None or step > self.ramp.steps:
+            return self.global_batch
+        levels = self.global_batch // self.ramp.start
+        return self.ramp.start * (1 + (step - 1) * (levels - 1) // self.ramp.steps)
 
 
 class ValidationConfig(Section):
@@ -229,6 +251,14 @@ class RunConfig(Section):
                 f"train.global_batch={self.train.global_batch}, train.micro_batch="
                 f"{self.train.micro_batch}; micro-batches must fill the global batch; use a "
                 "micro_batch that divides it"
+            )
+        ramp = self.train.ramp
+        if ramp and (self.train.global_batch % ramp.start or ramp.start % self.train.micro_batch):
+            raise ValueError(
+                f"train.ramp.start={ramp.start}, train.micro_batch={self.train.micro_batch}, "
+                f"train.global_batch={self.train.global_batch}; a batch grows in multiples of "
+                "ramp.start, each whole micro-batches, up to global_batch; use a ramp.start that "
+                "micro_batch divides and that divides global_batch"
             )
         o, steps = self.optim, self.train.steps
         if o.schedule == "wsd" and not o.decay_steps:

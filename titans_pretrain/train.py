@@ -58,7 +58,7 @@ def run_training(
 
         last = min(config.train.steps, at.step + stop_after if stop_after else math.inf)
         saved_time = time.monotonic()
-        batches = world.agree(lambda: stream.batches(at.data))
+        batches = world.agree(lambda: stream.batches(at.data, at.step + 1))
         leaving.callback(batches.close)
         stopping = False
         while at.step < last and not stopping:
@@ -121,6 +121,7 @@ def open_stream(config: RunConfig, world: World) -> TrainStream:
         dp_rank=world.rank,
         dp_size=world.size,
         vocab_size=config.model.vocab_size,
+        rows=config.train.rows,
     )
 
 

@@ -1,18 +1,19 @@
 """step -> batches of one rank, and the few numbers that resume them.
 
 The order of samples is a function of (manifest, seed, sample number). Step t covers the samples
-[S_t, S_t + global batch); each data-parallel rank takes its slice of them. The only state is the
-next sample number and the intervals to skip: the same on every rank, whatever the layout.
+[S_t, S_t + rows of the step); each data-parallel rank takes its slice of them. The only state is
+the next sample number and the intervals to skip: the same on every rank, whatever the layout.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -105,7 +106,8 @@ class TrainStream:
             ...                                        # state: resume here, same on all ranks
 
     `micro_batches` is a list of Batch with `micro_batch` rows each, `global_batch / dp_size` rows
-    in all. `vocab_size` is the model's (default: the tokenizer's); larger ids raise DataError.
+    in all. `rows` gives the rows of a step by its number from 1, where they are not `global_batch`.
+    `vocab_size` is the model's (default: the tokenizer's); larger ids raise DataError.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class TrainStream:
         dp_size: int = 1,
         vocab_size: int | None = None,
         split: str = "train",
+        rows: Callable[[int], int] | None = None,
     ) -> None:
         if global_batch % (dp_size * micro_batch):
             raise ConfigError(
@@ -131,6 +134,7 @@ class TrainStream:
         self.manifest = load_manifest(_folder(data))
         self.manifest.require_tokenizer()
         self.global_batch, self.micro_batch = global_batch, micro_batch
+        self.rows = rows or (lambda step: global_batch)
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self._samples = _Samples(
             _folder(data),
@@ -190,16 +194,19 @@ class TrainStream:
         """The state with the samples [start, stop) left out from now on."""
         return {**state, "skips": sorted([*state["skips"], [start, stop]])}
 
-    def batches(self, state: State) -> Generator[tuple[list[Batch], State], None, None]:
-        """Endless (micro-batches of this rank, state after them). Closing the iterator stops the
-        workers; what they have read ahead is thrown away. Raises DataError and NodeError."""
+    def batches(
+        self, state: State, step: int = 1
+    ) -> Generator[tuple[list[Batch], State], None, None]:
+        """Endless (micro-batches of this rank, state after them), from step `step` on. Closing the
+        iterator stops the workers; what they have read ahead is thrown away. Raises DataError and
+        NodeError."""
         if self.data.workers == 0:
-            for mine, after in self._plan(state):
+            for mine, after in self._plan(state, step):
                 yield _batches(self._samples.rows(mine), self.micro_batch), after
             return
         loader = DataLoader(
             self._samples,
-            batch_sampler=_Plan(self, state),
+            batch_sampler=_Plan(self, state, step),
             num_workers=self.data.workers,
             collate_fn=_as_read,
             prefetch_factor=PREFETCH,
@@ -209,7 +216,7 @@ class TrainStream:
         )
         with _stop_signals_blocked():
             rows = iter(loader)  # starts the workers
-        for _, after in self._plan(state):
+        for _, after in self._plan(state, step):
             try:
                 read = next(rows)
             except (RuntimeError, OSError, EOFError) as e:
@@ -222,12 +229,13 @@ class TrainStream:
                 raise read
             yield _batches(read, self.micro_batch), after
 
-    def _plan(self, state: State) -> Iterator[tuple[NDArray[np.int64], State]]:
-        """This rank's sample numbers, step by step, and the state after each step."""
-        per_rank = self.global_batch // self.dp_size
+    def _plan(self, state: State, step: int) -> Iterator[tuple[NDArray[np.int64], State]]:
+        """This rank's sample numbers, step by step from `step`, and the state after each step."""
         skips = [(int(a), int(b)) for a, b in state["skips"]]
-        while True:
-            samples, following = take(int(state["next_sample"]), self.global_batch, skips)
+        for number in itertools.count(step):
+            rows = self.rows(number)
+            per_rank = rows // self.dp_size
+            samples, following = take(int(state["next_sample"]), rows, skips)
             state = {**state, "next_sample": following}
             yield samples[self.dp_rank * per_rank : (self.dp_rank + 1) * per_rank], state
 
@@ -235,11 +243,11 @@ class TrainStream:
 class _Plan:
     """The loader's batch sampler: this rank's sample numbers, step by step."""
 
-    def __init__(self, stream: TrainStream, state: State) -> None:
-        self.stream, self.state = stream, state
+    def __init__(self, stream: TrainStream, state: State, step: int) -> None:
+        self.stream, self.state, self.step = stream, state, step
 
     def __iter__(self) -> Iterator[list[int]]:
-        for samples, _ in self.stream._plan(self.state):
+        for samples, _ in self.stream._plan(self.state, self.step):
             yield samples.tolist()
 
 

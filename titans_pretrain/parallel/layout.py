@@ -21,7 +21,7 @@ class Layout:
 
     world_size: int
     data_parallel: int
-    micro_batches: int  # forward-backward passes of each rank in one optimizer step
+    micro_batches: int  # forward-backward passes of each rank in a step of global_batch rows
 
 
 def plan_layout(config: RunConfig, world_size: int) -> Layout:
@@ -34,6 +34,13 @@ def plan_layout(config: RunConfig, world_size: int) -> Layout:
             f"{world_size} data-parallel ranks",
             "global_batch is a multiple of micro_batch x ranks, so that all ranks do equal work",
             f"try train.global_batch={max(1, round(train.global_batch / per_round)) * per_round}",
+        )
+    if train.ramp is not None and train.ramp.start % per_round:
+        raise ConfigError(
+            f"train.ramp.start={train.ramp.start}, train.micro_batch={train.micro_batch}, "
+            f"{world_size} data-parallel ranks",
+            "the first batch is a multiple of micro_batch x ranks, so that all ranks do equal work",
+            f"make train.ramp.start a multiple of {per_round}, or lower train.micro_batch",
         )
     return Layout(world_size, world_size, train.global_batch // per_round)
 
