@@ -19,6 +19,7 @@ from titans_pretrain.data.stream import TrainStream
 from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED, ConfigError
 from titans_pretrain.parallel.layout import plan_layout
 from titans_pretrain.run import checkpoint
+from titans_pretrain.run.metrics import read_records
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +79,8 @@ def test_the_stream_takes_each_step_s_rows_and_goes_on_from_any(workers: int, da
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_ramp_resumes_to_the_bit(ranks: int, data: Path, tmp_path: Path) -> None:
     def tree(name: str) -> dict[str, Any]:
-        changes = {"model__variant": "mag", "train__ramp": {"start": 4, "steps": 6}}
-        made = small_run(tmp_path / name, data, **changes)
+        changes = {"train__ramp": {"start": 4, "steps": 6}, "train__z_loss": 1e-3}
+        made = small_run(tmp_path / name, data, model__variant="mag", **changes)
         made["train"] |= {"global_batch": 16, "steps": 10}
         return made
 
@@ -89,6 +90,9 @@ def test_a_ramp_resumes_to_the_bit(ranks: int, data: Path, tmp_path: Path) -> No
     assert run_world(train, ranks, parts) == [EXIT_DONE] * ranks
     assert curve(parts["folder"]) == curve(whole["folder"])
     assert content(parts["folder"]) == content(whole["folder"])
+    values = [r["values"] for r in read_records(Path(parts["folder"]) / "metrics.jsonl")]
+    assert [v["train/rows"] for v in values] == [4, 4, 8, 8, 12, 12, 16, 16, 16, 16]
+    assert all(1e-3 < v["train/z_loss"] < 0.1 * v["train/loss"] for v in values)
     checkpoints = Path(whole["folder"]) / "checkpoints"
     found = json.loads((checkpoint.folder_of(checkpoints, 10) / "state.json").read_text())
     assert found["data"]["next_sample"] == 2 * (4 + 8 + 12) + 4 * 16

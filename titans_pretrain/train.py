@@ -348,3 +348,6 @@ def announce(
         f"{tokens:,}",
         step.layout.micro_batches,
     )
+    ramp = config.train.ramp
+    if ramp is not None and at.step < ramp.steps:
+        log.info("fewer tokens at first: %d rows, growing over %d steps", ramp.start, ramp.steps)

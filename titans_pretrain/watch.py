@@ -112,6 +112,8 @@ class Watch:
         }
         if self.config.train.z_loss:
             values["train/z_loss"] = report.z_loss
+        if self.config.train.ramp is not None:
+            values["train/rows"] = self.config.train.rows(at.step)
         if self.world.device.type == "cuda":
             values["machine/cuda_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         for index, name in enumerate(self.config.data.sources):

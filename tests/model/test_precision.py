@@ -39,7 +39,7 @@ def test_recompute_gives_the_same_bits(case: str) -> None:
         assert torch.equal(g, again[name]), name
 
 
-@pytest.mark.parametrize("variant", ["transformer", "lmm", "mac"])
+@pytest.mark.parametrize("variant", ["transformer", "lmm", "mac", "mag", "mal"])
 def test_recompute_keeps_little_more_than_each_blocks_input(variant: str) -> None:
     """Live bytes after forward, and at the peak of forward and backward."""
     shape = {"blocks": 6, "width": 32, "heads": 2, "mlp_width": 96, "vocab_size": VOCAB}
