@@ -75,6 +75,15 @@ def test_missing_data(tmp_path: Path) -> None:
     assert code == 3 and "nowhere" in message
 
 
+def test_a_tokenizer_that_is_not_the_data_s(data: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    (copy / "tokenizer.model").write_bytes(b"another")
+    code, message = refused(2, small(tmp_path / "run", copy))
+    assert code == 3 and "tokenizer.model: sha256" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_vocabulary_smaller_than_the_tokenizer_s(data: Path, tmp_path: Path) -> None:
     code, message = refused(2, small(tmp_path / "run", data, model__vocab_size=100))
     assert code in (2, 3) and "100" in message and "340" in message

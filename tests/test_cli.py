@@ -213,6 +213,27 @@ def _into_closed_pipe(code, *arguments, error=False):
     return process.returncode, told
 
 
+def test_a_full_disk_below_stdout_and_stderr(config):
+    with Path("/dev/full").open("w") as full:
+        script = [sys.executable, "-c", COMMAND]
+        arguments = ["tokenizer", "inspect", "tokenizers/demo.model"]
+        for unbuffered in ("", "1"):  # refused at the end, and at once
+            out = subprocess.run(
+                [*script, *arguments],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=Path(__file__).parent.parent,
+                env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            )
+            assert out.returncode == 76
+            assert out.stderr.startswith("titans-pretrain: writing: No space left")
+            assert "Traceback" not in out.stderr
+        # Where there is no room for the message, the exit code still tells.
+        arguments = ["train", str(config), "x.y=1"]
+        assert subprocess.run([*script, *arguments], stdout=full, stderr=full).returncode == 2
+
+
 COMMAND = "import sys; from titans_pretrain.cli import main; sys.exit(main())"
 
 

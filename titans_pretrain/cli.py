@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import os
 import select
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from titans_pretrain.errors import ConfigError, TitansError
+from titans_pretrain.errors import EXIT_DONE, EXIT_NODE, ConfigError, TitansError
 
 # Commands whose module brings its own arguments: `register(subparsers)` sets `args.run`. Imported
 # only when called: their libraries take seconds.
@@ -40,13 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (_unread(sys.stdout) or _unread(sys.stderr)):
             raise  # a pipe of our own
     finally:
-        # `| head` has read enough: what is left goes nowhere, and Python's exit stays silent.
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except BrokenPipeError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return code
+        lost = _flush(sys.stdout)
+        _flush(sys.stderr)
+    return _full_disk(lost) if lost is not None and code == EXIT_DONE else code
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -59,11 +56,34 @@ def _run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         _complain("interrupted")
         return 128 + signal.SIGINT
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _full_disk(e)
+
+
+def _full_disk(e: OSError) -> int:
+    _complain(
+        f"writing{f' {e.filename}' if e.filename else ''}: {e.strerror}\n"
+        "  rule:   what is written to has room\n  remedy: free space and start again"
+    )
+    return EXIT_NODE
 
 
 def _complain(what: str) -> None:
-    with contextlib.suppress(BrokenPipeError):  # nobody listens: the exit code still tells
+    with contextlib.suppress(OSError):  # nobody listens, or no room: the exit code still tells
         print(f"titans-pretrain: {what}", file=sys.stderr)
+
+
+def _flush(stream: TextIO) -> OSError | None:
+    """Flushes; if that fails, what is left goes nowhere, so that Python's own exit stays silent.
+    Returns the failure, unless it is a reader (`| head`) that has read enough."""
+    try:
+        stream.flush()
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return None if isinstance(e, BrokenPipeError) else e
+    return None
 
 
 def _unread(stream: TextIO) -> bool:
@@ -87,8 +107,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         else:
             commands.add_parser(name, help=about)
     _add_train(commands)
-    inspect = commands.add_parser("inspect", help="say what a checkpoint, shard or manifest holds")
-    inspect.add_argument("path", type=Path, help="a run's checkpoint, a shard (.tar) or a manifest")
+    inspect = commands.add_parser(
+        "inspect", help="say what a run, checkpoint, shard or manifest holds"
+    )
+    inspect.add_argument("path", type=Path, help="of one of these, or of a folder of checkpoints")
     inspect.add_argument("--verify", action="store_true", help="read every shard of a manifest")
     inspect.set_defaults(run=_inspect)
     bench = commands.add_parser("bench", help="measure the memory or the data stream")

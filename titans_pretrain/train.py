@@ -113,7 +113,7 @@ def due(step: int, every: int, last: int) -> bool:
 
 
 def open_stream(config: RunConfig, world: World) -> TrainStream:
-    return TrainStream(
+    stream = TrainStream(
         config.data,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
@@ -123,6 +123,8 @@ def open_stream(config: RunConfig, world: World) -> TrainStream:
         vocab_size=config.model.vocab_size,
         rows=config.train.rows,
     )
+    stream.manifest.require_tokenizer()
+    return stream
 
 
 def with_vocabulary(config: RunConfig, stream: TrainStream) -> RunConfig:

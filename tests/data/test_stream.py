@@ -275,11 +275,11 @@ def test_workers_outlive_the_signals_that_ask_the_run_to_stop(prepared):
 def test_a_folder_with_another_tokenizer_is_refused(prepared, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(prepared, folder)
-    stream(folder)
+    load_manifest(folder).require_tokenizer()
     model = folder / "tokenizer.model"
     model.write_bytes(model.read_bytes() + b"x")
     with pytest.raises(DataError, match=r"tokenizer\.model: sha256 \w+\.\.\., manifest sha256"):
-        stream(folder)
+        load_manifest(folder).require_tokenizer()
     model.unlink()
     with pytest.raises(DataError, match=r"tokenizer\.model: No such file"):
-        stream(folder)
+        load_manifest(folder).require_tokenizer()

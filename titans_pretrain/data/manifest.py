@@ -125,12 +125,13 @@ class Manifest:
         """Raises DataError where the folder's tokenizer is not the manifest's."""
         path = self.folder / "tokenizer.model"
         try:
-            found = f"sha256 {file_sha256(path)}"
+            digest = file_sha256(path)
+            found = f"sha256 {digest[:16]}..."
         except OSError as e:
-            found = str(e.strerror)
-        if found != f"sha256 {self.tokenizer_hash}":
+            digest, found = "", str(e.strerror)
+        if digest != self.tokenizer_hash:
             raise DataError(
-                f"{path}: {found[:40]}, manifest sha256 {self.tokenizer_hash[:16]}...",
+                f"{path}: {found}, manifest sha256 {self.tokenizer_hash[:16]}...",
                 "the folder's tokenizer is the one its tokens come from",
                 "put the original file back, or prepare the folder anew",
             )

@@ -132,7 +132,6 @@ class TrainStream:
             )
         self.data, self.align = data, align
         self.manifest = load_manifest(_folder(data))
-        self.manifest.require_tokenizer()
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rows = rows or (lambda step: global_batch)
         self.dp_rank, self.dp_size = dp_rank, dp_size

@@ -25,12 +25,14 @@ class _RankFile(logging.FileHandler):
 
 
 class _Console(logging.StreamHandler):
-    """Falls silent when its reader goes (`| head`): the run goes on, its log file has it all."""
+    """Falls silent when its reader goes (`| head`) or its disk is full: the run goes on, and its
+    log file has it all."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        if isinstance(sys.exc_info()[1], BrokenPipeError):
+        error = sys.exc_info()[1]
+        if isinstance(error, BrokenPipeError):
             self.setLevel(logging.CRITICAL + 1)
-        else:
+        elif not isinstance(error, OSError):
             super().handleError(record)
 
 
