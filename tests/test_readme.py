@@ -19,7 +19,17 @@ import pytest
 from tests.prepared import ROOT, short_text
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PROGRAMS = ("make", "pip", "python", "titans-pretrain", "train", "torchrun", ".ci/run", ".venv/")
+PROGRAMS = (
+    "make",
+    "pip",
+    "pytest",
+    "python",
+    "titans-pretrain",
+    "train",
+    "torchrun",
+    ".ci/run",
+    ".venv/",
+)
 
 # What stands for the reader's own: text, a config.
 PLACEHOLDERS = {"TEXT...": "text.jsonl", "CONFIG": "configs/demo.yaml"}
@@ -39,6 +49,8 @@ RUN = {
     "train CONFIG --ranks": f"{SMALL_MODEL} folder=runs/ranks {OWN_DATA} --ranks 2",
     "titans-pretrain inspect": "",
     "titans-pretrain plot": "",
+    "titans-pretrain bench memory": "--quick --repeats 1",
+    "titans-pretrain bench data": "--help",  # its own test runs it: it judges the machine's speed
     "titans-pretrain gpu-check": "--help",  # minutes, and held by its own test
 }
 PARSE = (  # beginnings of what is not run
@@ -47,6 +59,7 @@ PARSE = (  # beginnings of what is not run
     "pip install torch==<the pin in requirements.txt>",
     "DS_BUILD_OPS=0 .venv/bin/pip wheel",
     ".ci/run",
+    "pytest tests/",
 )
 
 
@@ -114,6 +127,8 @@ def as_run(command: str) -> Iterator[str]:
         ).stdout
         assert set(re.findall(r"--[a-z-]+", command)) <= set(re.findall(r"--[a-z-]+", known))
         yield "test -s requirements.txt"
+    elif command.startswith("pytest "):
+        yield f"test -e {command.removeprefix('pytest ')}"
     elif command.startswith("pip install torch=="):
         yield "grep -E '^torch==[0-9.]+$' requirements.txt"
     else:
