@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import signal
 import socket
 import time
 import traceback
@@ -48,6 +49,8 @@ def _rank_main(
     pipe: Connection, function: Callable[..., Any], env: dict[str, str], args: bytes
 ) -> None:
     os.environ.update(env)
+    # The server that forks the ranks may have been started while signals were blocked.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     try:
         import torch
 

@@ -33,6 +33,7 @@ from titans_pretrain.errors import ConfigError, DataError, NodeError, TitansErro
 __all__ = ["Batch", "TrainStream", "batch_hash", "concatenate", "validation_batches"]
 
 VERSION = 1
+STOP = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}  # signals that ask a run to stop
 PREFETCH = 2  # batches read ahead by each worker
 
 State = dict[str, Any]
@@ -257,13 +258,12 @@ def _stop_signals_blocked() -> Iterator[None]:
     Such a signal often goes to the whole process group (Ctrl-C in a terminal, a scheduler's
     warning). The rank then still finishes its step and saves; its loaders must live that long.
     """
-    stop = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, stop)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
     try:
         # The processes behind the workers start here as well. The first of them is started by code
         # that leaves two of the signals unblocked in this one.
         resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, stop)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -277,6 +277,7 @@ def _live_with_parent(_: int) -> None:
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # the server may have been there before
 
     def watch() -> None:
         while parent.is_alive():
