@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,34 @@ def command(config: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "titans_pretrain", "train", str(config), *arguments]
 
 
+Start = Callable[[list[str]], "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def begin() -> Iterator[Start]:
+    """Starts a command in a session of its own; what still runs after the test is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(arguments: list[str]) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            arguments, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("group", [False, True], ids=["launcher", "group"])
 def test_signals_save_and_leave_with_75(
-    number: int, group: bool, data: Path, tmp_path: Path
+    number: int, group: bool, data: Path, tmp_path: Path, begin: Start
 ) -> None:
     """Sent to the launcher of two ranks alone, or to a rank and its loaders (as Ctrl-C does)."""
     tree = small_run(
@@ -134,13 +158,7 @@ def test_signals_save_and_leave_with_75(
         data__workers=2,
     )
     config = write_config(tmp_path / "config.yaml", tree)
-    process = subprocess.Popen(
-        command(config) if group else command(config, "--ranks", "2"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = begin(command(config) if group else command(config, "--ranks", "2"))
     metrics = tmp_path / "run" / "metrics.jsonl"
     end = time.monotonic() + 90
     while time.monotonic() < end and not (metrics.exists() and metrics.read_text().count("\n") > 5):
@@ -183,7 +201,7 @@ def test_torchrun_starts_the_same_run(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_kill_9_then_the_same_command_goes_on(data: Path, tmp_path: Path) -> None:
+def test_kill_9_then_the_same_command_goes_on(data: Path, tmp_path: Path, begin: Start) -> None:
     whole = small_run(tmp_path / "whole", data, train__steps=60)
     tree = small_run(
         tmp_path / "run",
@@ -195,7 +213,7 @@ def test_kill_9_then_the_same_command_goes_on(data: Path, tmp_path: Path) -> Non
     )
     assert run_world(train, 1, whole) == [EXIT_DONE]
     config = write_config(tmp_path / "config.yaml", tree)
-    process = subprocess.Popen(command(config), stdout=subprocess.PIPE, text=True)
+    process = begin(command(config))
     metrics = tmp_path / "run" / "metrics.jsonl"
     end = time.monotonic() + 90
     while time.monotonic() < end and not (

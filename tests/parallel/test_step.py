@@ -238,6 +238,34 @@ def test_a_poisoned_step_changes_nothing_and_names_the_culprit(where: str, preci
     assert results[0][0] == results[1][0]
 
 
+def kinds_of_tensors(config: RunConfig) -> Any:
+    world, step = start(config)
+    step(micro_batches(config, 1, world.rank, world.size), 1)
+    fragments = step.optimizer.fragments()
+    owned = {key: {f.tensors[key].dtype for f in fragments} for key in fragments[0].tensors}
+    rounded = all(
+        parameter.dtype == torch.bfloat16
+        and torch.equal(
+            parameter.detach().view(-1)[f.start : f.start + f.numel],
+            f.tensors["weight"].bfloat16(),
+        )
+        for f in fragments
+        for parameter in (step.model.get_parameter(f.name),)
+    )
+    finer = any((f.tensors["weight"] != f.tensors["weight"].bfloat16()).any() for f in fragments)
+    world.shut_down()
+    return owned, rounded, finer
+
+
+def test_bf16_masters_and_moments_are_fp32() -> None:
+    for owned, rounded, finer in run_world(
+        kinds_of_tensors, 2, tiny_config(train__precision="bf16")
+    ):
+        assert owned == {key: {torch.float32} for key in ("weight", "exp_avg", "exp_avg_sq")}
+        assert rounded, "the model computes with the masters, rounded"
+        assert finer, "the masters hold what bf16 cannot"
+
+
 def losses(config: RunConfig) -> list[tuple[float, float]]:
     world, step = start(config)
     reports = [step(micro_batches(config, s, world.rank, world.size), s) for s in range(1, 5)]
