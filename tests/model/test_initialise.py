@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from tests.model.helpers import CASES, config_of, tokens_like
+from titans_pretrain.config import OptimConfig
 from titans_pretrain.errors import ConfigError
 from titans_pretrain.memory.layer import ConvPlan
 from titans_pretrain.memory.observe import observe_memory
-from titans_pretrain.model.titans import TitansLM, draw, initialise, kind, parameter_groups
+from titans_pretrain.model.titans import TitansLM, draw, initialise, kind
+from titans_pretrain.run.optim import param_groups
 
 
 def built(case: str, seed: int = 0, **more: object) -> TitansLM:
@@ -127,7 +129,11 @@ def test_spreads_follow_the_table() -> None:
 
 
 def test_optimizer_groups() -> None:
-    groups = parameter_groups(built("mac-learned"))
+    named = built("mac-learned").named_parameters()
+    groups = {
+        g["kind"]: list(zip(g["names"], g["params"], strict=True))
+        for g in param_groups(named, kind, OptimConfig())
+    }
     names = {
         k: {n.removeprefix("blocks.0.").removeprefix("blocks.1.") for n, _ in members}
         for k, members in groups.items()

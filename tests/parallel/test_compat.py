@@ -9,7 +9,10 @@ from tests.parallel.test_step import start
 from tests.parallel.tiny import micro_batches, tiny_config
 from tests.worlds import run_world
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="cuda: the shims do nothing")
+pytestmark = [
+    pytest.mark.cuda,  # says to the continuous check that this skip is one of device
+    pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA the shims do nothing"),
+]
 
 
 def without(shim: str) -> str:

@@ -207,13 +207,3 @@ def kind(name: str) -> str:
     owner, _, leaf = name.rpartition(".")
     matrix = leaf == "weight" and not owner.endswith(("norm", "_conv"))
     return "decay" if matrix else "no_decay"
-
-
-def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """The model's parameters by `kind`, each with its name; a tied matrix counts once."""
-    groups: dict[str, list[tuple[str, nn.Parameter]]] = {
-        k: [] for k in ("decay", "no_decay", "gate", "fast_init")
-    }
-    for name, parameter in model.named_parameters():
-        groups[kind(name)].append((name, parameter))
-    return groups

@@ -175,10 +175,14 @@ class _Writer(dcp.FileSystemWriter):
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads a checkpoint folder; its metadata only through the restricted unpickler."""
+    """Reads a checkpoint folder; its metadata only through the restricted unpickler, or given."""
+
+    def __init__(self, folder: Path, metadata: Metadata | None = None) -> None:
+        super().__init__(str(folder))
+        self._given = metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = read_metadata(Path(self.path))
+        metadata = self._given or read_metadata(Path(self.path))
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -219,7 +223,7 @@ def load_tensors(
     """Collective. Reads into the fragments' own memory (all kinds, or those named)."""
     dcp.load(
         _state(fragments, tensors, kinds),
-        storage_reader=_Reader(str(folder)),
+        storage_reader=_Reader(folder),
         planner=_LoadPlanner(flatten_state_dict=False),
     )
 
@@ -234,7 +238,7 @@ def load_one(folder: Path, name: str, metadata: Metadata) -> torch.Tensor:
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         dcp.load(
             {name: tensor},
-            storage_reader=_Reader(str(folder)),
+            storage_reader=_Reader(folder, metadata),
             planner=_LoadPlanner(flatten_state_dict=False),
             no_dist=True,
         )
