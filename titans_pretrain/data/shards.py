@@ -136,6 +136,20 @@ class BlockReader:
         ids = self._ids(shard, member, 0, int(self.split.members[member]["tokens"]))
         return ids.astype(np.int64), lengths
 
+    def lengths(self, member: int) -> Ints:
+        """Document lengths of a member. Compares their checksum, and not the tokens'."""
+        row = self.split.members[member]
+        shard, offset = int(row["shard"]), int(row["len"])
+        raw = self._bytes(shard, member, offset, 4 * int(row["documents"]))
+        if zlib.crc32(raw) != int(row["len_crc"]):
+            raise self._corrupt(shard, member, offset, len(raw), ".len")
+        return np.frombuffer(raw, "<u4").astype(np.int64)
+
+    def ids(self, member: int, begin: int, end: int) -> Ints:
+        """Tokens begin..end of a member, within the vocabulary. Compares no checksum."""
+        shard = int(self.split.members[member]["shard"])
+        return self._ids(shard, member, begin, end).astype(np.int64)
+
     def _layout(self, shard: int, member: int) -> tuple[Ints, Ints, Ints]:
         """Padded starts, token starts and lengths of a member's documents; checks it once."""
         known = self._layouts.get(member)
