@@ -117,6 +117,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     bench.add_argument("what", choices=sorted(_BENCHMARKS))
     bench.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on; try --help")
     bench.set_defaults(run=_bench)
+    compare = commands.add_parser(
+        "compare",
+        help="train several models on equal tokens, several seeds each, and tabulate them",
+        description="Trains every run of STUDY that is not done yet and reports all of them.",
+    )
+    compare.add_argument("study", metavar="STUDY", type=Path, help="YAML file")
+    compare.add_argument("overrides", nargs="*", metavar="a.b=c", help="for every run")
+    compare.add_argument("--jobs", type=_positive, metavar="N", help="runs at a time")
+    compare.set_defaults(run=_compare)
     plot = commands.add_parser("plot", help="draw a run's loss curve")
     plot.add_argument("folder", metavar="RUN", type=Path, help="the run folder")
     plot.add_argument("--out", type=Path, help="PNG to write; default: RUN/loss.png")
@@ -125,7 +134,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
     args, rest = parser.parse_known_args(argv)
     # Overrides may stand on either side of an option; argparse takes only the first group.
-    if args.command == "train":
+    if args.command in ("train", "compare"):
         args.overrides += [a for a in rest if "=" in a and not a.startswith("-")]
         rest = [a for a in rest if "=" not in a or a.startswith("-")]
     if rest:
@@ -208,6 +217,12 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     return importlib.import_module(_BENCHMARKS[args.what]).main(args.arguments) or 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from titans_pretrain.compare import compare
+
+    return compare(args.study, args.overrides, args.jobs)
 
 
 def _plot(args: argparse.Namespace) -> int:

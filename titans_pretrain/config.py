@@ -298,7 +298,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
             "see configs/ for examples",
         )
     for override in overrides or []:
-        _apply(tree, override)
+        apply_override(tree, override)
     return parse_config(tree, str(path))
 
 
@@ -315,7 +315,8 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Sets the leaf that `a.b=c` names in a tree of plain values. Raises ConfigError."""
     key, sep, value = override.partition("=")
     if not sep or not key:
         raise ConfigError(

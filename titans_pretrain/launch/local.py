@@ -42,8 +42,8 @@ def launch(command: Sequence[str], ranks: int, *, logs: Path, grace: float = 5.0
     processes: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as stack:
         outputs = [stack.enter_context(_output(logs, rank)) for rank in range(1, ranks)]
-        stack.callback(_end, processes, 0.0)  # whatever happens, no rank stays behind
-        stack.enter_context(_forwarding(processes))
+        stack.callback(end, processes, 0.0)  # whatever happens, no rank stays behind
+        stack.enter_context(forwarding(processes))
         port = str(_free_port())
         for rank in range(ranks):
             stream = outputs[rank - 1] if rank else None
@@ -55,14 +55,14 @@ def launch(command: Sequence[str], ranks: int, *, logs: Path, grace: float = 5.0
                     stdout=stream,
                     stderr=stream,
                     process_group=0,
-                    preexec_fn=_dies_with(os.getpid()),
+                    preexec_fn=dies_with(os.getpid()),
                 )
             )
         failed = _first_failure(processes)
         if failed is None:
             saved = any(p.returncode == EXIT_SAVED for p in processes)
             return EXIT_SAVED if saved else EXIT_DONE
-        _end(processes, grace)
+        end(processes, grace)
         code = processes[failed].returncode
         _tell(failed, code, outputs[failed - 1] if failed else None)
         return code if code > 0 else 128 - code
@@ -94,7 +94,7 @@ def _output(logs: Path, rank: int) -> IO[bytes]:
         raise storage_error(e, f"opening the output of rank {rank} in {logs}", starting=True) from e
 
 
-def _dies_with(parent: int) -> Callable[[], None]:
+def dies_with(parent: int) -> Callable[[], None]:
     """What a new process runs first: the kernel kills it when its launcher is gone."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -108,7 +108,7 @@ def _dies_with(parent: int) -> Callable[[], None]:
 
 
 @contextlib.contextmanager
-def _forwarding(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+def forwarding(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
     interrupts = 0
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -148,7 +148,7 @@ def _first_failure(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
         time.sleep(_POLL)
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
+def end(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
     """Ends and reaps what still runs: SIGTERM, then SIGKILL after `grace` seconds."""
     left = [p for p in processes if p.poll() is None]
     if grace > 0:
