@@ -68,7 +68,8 @@ class Member:
 
 
 def load_study(path: Path, overrides: Sequence[str] = ()) -> list[Member]:
-    """The runs of a study, in the order in which they are trained. Overrides apply to each run.
+    """The runs of a study, in the order in which they are trained. Overrides apply to each run,
+    `folder=` to the study.
 
     Raises ConfigError where the file is no study, a run's config is wrong, or the runs could not
     be compared: they must train on equally many rows of the same data and be validated alike.
@@ -84,6 +85,9 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> list[Member]:
             f"a study has the keys {', '.join(sorted(KEYS))}",
             "see configs/studies/architectures.yaml",
         )
+    for override in overrides:
+        if override.startswith("folder="):
+            apply_override(tree, override)
     seeds, entries = tree["seeds"], tree["entries"]
     numbers = isinstance(seeds, list) and all(type(s) is int for s in seeds)
     if not numbers or not seeds or len(set(seeds)) < len(seeds):
