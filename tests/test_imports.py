@@ -22,6 +22,7 @@ ARROWS = {
     "parallel": ("config", "errors", "data.batch"),
     "run": ("config", "errors", "parallel.layout"),
     "launch": ("errors", "run.files"),
+    "evaluate": ("config", "errors", "data", "model", "run"),
 }
 # Engine -> where it may be imported (files or folders).
 ENGINES = {
@@ -38,6 +39,7 @@ ENGINES = {
     "pydantic": ("config.py",),
     "matplotlib": ("run/",),
     "zstandard": ("data/",),
+    "pyarrow": ("data/parquet.py",),
 }
 # The memory knows torch and what Python brings.
 MEMORY_OUTSIDE = {"torch", "triton"} | set(sys.stdlib_module_names)

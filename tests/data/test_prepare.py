@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from tests.data.conftest import SETTINGS, quiet
 from tests.data.oracle import documents_of, write_corpus
 from titans_pretrain.cli import main
+from titans_pretrain.data.content import Reading
+from titans_pretrain.data.inputs import find_inputs
 from titans_pretrain.data.manifest import load_manifest
 from titans_pretrain.data.prepare import Settings, prepare
 from titans_pretrain.data.scan import Scan, choose_validation, cut_units, scan_file
-from titans_pretrain.data.text import find_inputs
 from titans_pretrain.errors import ConfigError, DataError, NodeError
 
 DEMO = str(Path(__file__).parents[2] / "tokenizers" / "demo.model")
@@ -344,7 +345,7 @@ def test_units_cover_every_document_once(files, unit):
 
 def test_the_shipped_corpus_holds_out_between_two_and_five_percent():
     [file] = find_inputs([str(Path(DEMO).parents[1] / "configs" / "corpus")])
-    scan = scan_file(file, "text", "stop", lambda _size: None)
+    scan = scan_file(file, Reading(), "stop", lambda _size: None)
     held = choose_validation(scan.hashes, scan.sizes, 0.03)
     taken = [int(size) for h, size in zip(scan.hashes.tolist(), scan.sizes) if h in held]
     assert 0.02 <= sum(taken) / int(scan.sizes.sum()) <= 0.05

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.conftest import SETTINGS, quiet
+from titans_pretrain.data import encode
 from titans_pretrain.data import prepare as module
 from titans_pretrain.data.prepare import prepare
 from titans_pretrain.errors import DataError
@@ -85,8 +86,8 @@ def test_finished_units_are_not_done_again(corpus, tokenizer, tmp_path, monkeypa
     before = {p.name: p.stat().st_mtime_ns for p in units.iterdir() if p.suffix != ".tmp"}
     assert len(before) >= 2
     done = []
-    real = module._encode
-    monkeypatch.setattr(module, "_encode", lambda *a: (done.append(a[1]), real(*a))[1])
+    real = encode.encode_unit
+    monkeypatch.setattr(encode, "encode_unit", lambda *a: (done.append(a[1]), real(*a))[1])
     prepare([str(corpus[0])], tmp_path / "out", tokenizer, SETTINGS, say=quiet)
     assert not {f"{n:05d}" for n in done} & set(before) and done
 

@@ -1,4 +1,4 @@
-"""Text in, WebDataset shards and a manifest out: parallel, restartable, the same bytes each time.
+"""Documents in, WebDataset shards and a manifest out: parallel, restartable, always the same bytes.
 
 The work lies in OUT/.work until all of it is done: a scan of each input file, then units of work,
 each an atomically renamed folder. A killed run leaves whole units or nothing, and the same command
@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from titans_pretrain.data.content import InputFile, Reading
+from titans_pretrain.data.encode import Job, cut_runs, encode_run, unit_folder
 from titans_pretrain.data.files import write_atomically, writing
+from titans_pretrain.data.inputs import find_inputs
 from titans_pretrain.data.manifest import (
     MEMBER,
     Manifest,
@@ -32,11 +34,8 @@ from titans_pretrain.data.manifest import (
 )
 from titans_pretrain.data.pack import ShardWriter
 from titans_pretrain.data.pool import Pool, Task
+from titans_pretrain.data.raw_tokens import Raw
 from titans_pretrain.data.scan import (
-    Hashed,
-    HeldOut,
-    Piece,
-    Unit,
     choose_validation,
     cut_units,
     load_scan,
@@ -45,7 +44,6 @@ from titans_pretrain.data.scan import (
     scan_file,
     unit_size,
 )
-from titans_pretrain.data.text import BadDocument, InputFile, documents, find_inputs
 from titans_pretrain.data.tokens import Tokenizer
 from titans_pretrain.errors import ConfigError, DataError
 
@@ -62,6 +60,8 @@ class Settings:
     member_tokens: int = 1 << 20
     shard_tokens: int = 1 << 27
     unit_bytes: int | None = None  # text in a unit of work; default: by the corpus's size
+    document_length: int | None = None  # long sequences are cut; default: not
+    separator: int | None = None  # the id between the documents of a .bin file
 
     def __post_init__(self) -> None:
         if not 0 < self.validation <= 0.5:
@@ -70,10 +70,32 @@ class Settings:
                 "the held-out share lies above 0 and is at most 0.5",
                 "e.g. --validation 0.03",
             )
-        for name in ("member_tokens", "shard_tokens", "unit_bytes"):
+        for name in ("member_tokens", "shard_tokens", "unit_bytes", "document_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} {value}", "sizes are positive", "leave it out")
+
+    def reading(self, tokenizer: Tokenizer) -> Reading:
+        """How inputs become documents for this tokenizer. Raises ConfigError."""
+        ids = tokenizer.ids if isinstance(tokenizer, Raw) else 0
+        for name, allowed in (
+            ("document_length", tokenizer.content != "text"),
+            ("separator", tokenizer.content == "integers"),
+        ):
+            if getattr(self, name) is not None and not allowed:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} with a tokenizer of "
+                    f"{tokenizer.content}",
+                    "sequences are cut by length where a unit is a byte or an integer, and by a "
+                    "separator where it is an integer",
+                    "leave it out, or use --tokenizer bytes or integers:VOCAB",
+                )
+        return Reading(self.text_key, tokenizer.content, ids, self.document_length, self.separator)
+
+    def told(self) -> dict[str, Any]:
+        """For the manifest: settings of later versions only where they are set."""
+        later = ("document_length", "separator")
+        return {k: v for k, v in asdict(self).items() if v is not None or k not in later}
 
 
 def prepare(
@@ -89,7 +111,8 @@ def prepare(
     Raises ConfigError and DataError for what the user gave, NodeError for the disk.
     """
     out = Path(out)
-    files = find_inputs(inputs)
+    reading = settings.reading(tokenizer)
+    files = find_inputs(inputs, tokenizer.content)
     identity = _identity(files, tokenizer, settings)
     finished = _finished(out, identity)
     if finished is not None:
@@ -98,13 +121,15 @@ def prepare(
     with _work_folder(out, {**identity, "files": _stamps(files)}) as work:
         write_atomically(work / "tokenizer.model", tokenizer.model)
         pool = Pool(workers, say)
-        specials = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
+        special = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
 
         def scanned(i: int) -> Path:
             return work / "scan" / f"{i:06d}.npz"
 
         missing = [i for i in range(len(files)) if not scanned(i).exists()]
-        tasks = [Task(_scan, (str(scanned(i)), files[i], settings)) for i in missing]
+        tasks = [
+            Task(_scan, (str(scanned(i)), files[i], reading, settings.on_bad)) for i in missing
+        ]
         pool.run(tasks, "reading", sum(Path(files[i].path).stat().st_size for i in missing))
 
         hashes, sizes, bad = [], [], []
@@ -120,13 +145,13 @@ def prepare(
         unit_bytes = settings.unit_bytes or unit_size(total)
         units = cut_units((load_scan(scanned(i)) for i in range(len(files))), unit_bytes)
 
-        missing = [n for n in range(len(units)) if not _unit_folder(work, n).exists()]
+        missing = [n for n in range(len(units)) if not unit_folder(work, n).exists()]
         if len(missing) < len(units):
             say(f"going on: {len(units) - len(missing)} of {len(units)} units are done")
-        tasks = [
-            Task(_encode, (str(work), n, _files_of(units[n], files), held_out, specials, settings))
-            for n in missing
-        ]
+        limits = (settings.member_tokens, settings.shard_tokens)
+        job = Job(str(work), special, reading, held_out, *limits)
+        runs = cut_runs(units, missing, files, workers)
+        tasks = [Task(encode_run, (job, run)) for run in runs]
         pool.run(tasks, "tokenizing", total * len(missing) // len(units))
         header = _header(identity, tokenizer, settings, bad, total, len(size))
         return _finish(out, work, len(units), header, tokenizer, settings, bad)
@@ -143,7 +168,7 @@ def _identity(files: list[InputFile], tokenizer: Tokenizer, settings: Settings) 
             "first": listed[:LISTED],
         },
         "tokenizer": [tokenizer.hash, tokenizer.bos, tokenizer.eos, tokenizer.pad],
-        "settings": asdict(settings),
+        "settings": settings.told(),
     }
 
 
@@ -210,75 +235,10 @@ def _work_folder(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
             shutil.rmtree(work)
 
 
-def _scan(path: str, file: InputFile, settings: Settings, report: Callable[[int], None]) -> None:
-    save_scan(Path(path), scan_file(file, settings.text_key, settings.on_bad, report))
-
-
-def _unit_folder(work: Path, number: int) -> Path:
-    return work / "units" / f"{number:05d}"
-
-
-def _files_of(unit: Unit, files: list[InputFile]) -> list[tuple[InputFile, Piece]]:
-    return [(files[piece.file], piece) for piece in unit]
-
-
-def _encode(
-    work: str,
-    number: int,
-    pieces: list[tuple[InputFile, Piece]],
-    held_out: HeldOut,
-    specials: dict[str, int],
-    settings: Settings,
-    report: Callable[[int], None],
+def _scan(
+    path: str, file: InputFile, reading: Reading, on_bad: str, report: Callable[[int], None]
 ) -> None:
-    """One unit: its training shards, and its held-out documents (packed when all are known)."""
-    tokenizer = Tokenizer.load(Path(work) / "tokenizer.model", **specials)
-    done = _unit_folder(Path(work), number)
-    folder = done.with_name(f"{done.name}.{os.getpid()}.tmp")
-    with writing(folder):
-        folder.mkdir()
-    ends = [np.asarray([i], tokenizer.dtype) for i in (tokenizer.bos, tokenizer.eos)]
-    name = f"train-{number:05d}"
-    writer = ShardWriter(
-        folder, name, tokenizer.dtype, settings.member_tokens, settings.shard_tokens
-    )
-    held: list[np.ndarray] = []
-    unknown = 0
-    for file, piece in pieces:
-        for document in documents(file, settings.text_key, piece.start, piece.stop):
-            parts = Hashed(document.parts())
-            if document.bad is not None:
-                continue
-            try:
-                ids = tokenizer.encode_parts(parts)
-            except BadDocument:
-                continue
-            unknown += int(np.count_nonzero(ids == tokenizer.unk))
-            tokens = np.concatenate([ends[0], ids, ends[1]])
-            if parts.hash in held_out:
-                held.append(tokens)
-            else:
-                writer.add(tokens)
-            report(parts.size)
-    shards, members = writer.close()
-    with writing(folder):
-        np.save(folder / "members.npy", members)
-        np.save(folder / "held.npy", np.concatenate([np.zeros(0, tokenizer.dtype), *held]))
-        np.save(folder / "held_lengths.npy", np.asarray([len(d) for d in held], np.int64))
-        told = {"shards": [asdict(s) for s in shards], "unknown": unknown}
-        (folder / "unit.json").write_text(json.dumps(told))
-        for path in folder.iterdir():
-            _sync(path)
-        if done.exists():
-            shutil.rmtree(folder)
-        else:
-            folder.rename(done)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    save_scan(Path(path), scan_file(file, reading, on_bad, report))
 
 
 def _header(
@@ -292,6 +252,7 @@ def _header(
     return {
         "identity": identity,
         "tokenizer": {
+            **({} if tokenizer.kind == "sentencepiece" else {"kind": tokenizer.kind}),
             "sha256": tokenizer.hash,
             "vocab_size": tokenizer.vocab_size,
             "bos": tokenizer.bos,
@@ -332,7 +293,7 @@ def _finish(
         packed, "validation", tokenizer.dtype, settings.member_tokens, settings.shard_tokens
     )
     for number in range(units):
-        folder = _unit_folder(work, number)
+        folder = unit_folder(work, number)
         told = json.loads((folder / "unit.json").read_text())
         unknown += told["unknown"]
         members = np.load(folder / "members.npy")

@@ -1,4 +1,4 @@
-"""`titans-pretrain prepare`: text in, WebDataset shards and a manifest out."""
+"""`titans-pretrain prepare`: text, bytes or integers in, WebDataset shards and a manifest out."""
 
 from __future__ import annotations
 
@@ -17,17 +17,24 @@ def register(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "prepare",
         help="tokenize text into shards and a manifest",
-        description="Tokenizes text into WebDataset shards and a manifest. A killed or failed run "
-        "is finished by the same command; nothing is done twice.",
+        description="Tokenizes text, bytes or integers into WebDataset shards and a manifest. A "
+        "killed or failed run is finished by the same command; nothing is done twice.",
     )
     parser.add_argument(
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help=".txt (one document a file) or .jsonl (one a line), plain or .gz .xz .zst; or folders",
+        help=".txt (one document a file), .jsonl (one a line), .tar (WebDataset: .txt, .json or "
+        ".jsonl members), plain or .gz .xz .zst; .parquet (one a row); or folders of them. For "
+        "integers also .npy (1-D: one document; 2-D: one a row) and .bin; for bytes any file",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
-    parser.add_argument("--tokenizer", required=True, metavar="MODEL", help="sentencepiece .model")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="MODEL",
+        help="sentencepiece .model; or bytes; or integers:VOCAB for inputs that are ids already",
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N")
     parser.add_argument(
         "--validation", type=float, default=0.03, metavar="SHARE", help="held out (default 0.03)"
@@ -35,7 +42,20 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--on-bad", choices=("skip", "stop"), default="skip", help="empty or unreadable documents"
     )
-    parser.add_argument("--text-key", default="text", metavar="KEY", help="of JSON lines")
+    parser.add_argument(
+        "--text-key",
+        metavar="KEY",
+        help="of JSON objects, and column of parquet (default: text; for integers: input_ids)",
+    )
+    parser.add_argument(
+        "--document-length",
+        type=int,
+        metavar="N",
+        help="cut long sequences into documents of N: files as bytes, .npy (1-D) and .bin",
+    )
+    parser.add_argument(
+        "--separator", type=int, metavar="ID", help="between the documents of a .bin file"
+    )
     parser.add_argument("--member-tokens", type=int, default=1 << 20, metavar="N")
     parser.add_argument("--shard-tokens", type=int, default=1 << 27, metavar="N")
     parser.add_argument(
@@ -47,6 +67,7 @@ def register(subparsers: Subparsers) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from titans_pretrain.data.content import KEYS
     from titans_pretrain.data.inspect import describe_manifest
     from titans_pretrain.data.prepare import Settings, prepare
     from titans_pretrain.data.tokens import Tokenizer
@@ -57,10 +78,12 @@ def _run(args: argparse.Namespace) -> int:
     settings = Settings(
         validation=args.validation,
         on_bad=args.on_bad,
-        text_key=args.text_key,
+        text_key=KEYS[tokenizer.content] if args.text_key is None else args.text_key,
         member_tokens=args.member_tokens,
         shard_tokens=args.shard_tokens,
         unit_bytes=args.unit_bytes,
+        document_length=args.document_length,
+        separator=args.separator,
     )
     prepare(args.inputs, args.out, tokenizer, settings, args.workers)
     print(describe_manifest(args.out))

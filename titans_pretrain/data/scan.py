@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from titans_pretrain.data.content import BadDocument, InputFile, Part, Reading
 from titans_pretrain.data.files import write_atomically
-from titans_pretrain.data.text import BadDocument, InputFile, documents
+from titans_pretrain.data.inputs import documents
 from titans_pretrain.errors import DataError
 
 BAD_SHARE = 0.01  # of the documents; more stops the preparation
@@ -30,16 +31,16 @@ Hashes = NDArray[np.uint64]
 
 
 class Hashed:
-    """Passes a document's parts on and sums them up."""
+    """Passes a document's parts on and sums them up; an integer counts as four bytes."""
 
-    def __init__(self, parts: Iterable[str]) -> None:
+    def __init__(self, parts: Iterable[Part]) -> None:
         self._parts = parts
         self._digest = hashlib.blake2b(digest_size=8)
-        self.size = 0  # bytes of text
+        self.size = 0  # bytes
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Part]:
         for part in self._parts:
-            data = part.encode()
+            data = _as_bytes(part)
             self._digest.update(data)
             self.size += len(data)
             yield part
@@ -49,21 +50,27 @@ class Hashed:
         return int.from_bytes(self._digest.digest(), "little")
 
 
+def _as_bytes(part: Part) -> bytes:
+    if isinstance(part, np.ndarray):
+        return part.astype("<u4").tobytes()
+    return part.encode() if isinstance(part, str) else part
+
+
 @dataclass(frozen=True)
 class Scan:
     """What one file holds; arrays over its good documents."""
 
     hashes: Hashes
     sizes: NDArray[np.uint64]  # bytes of text
-    offsets: NDArray[np.uint64]  # first byte in the unpacked file
+    offsets: NDArray[np.uint64]  # places in the file (Document.offset)
     bad: list[tuple[str, str]]  # (where, why)
 
 
-def scan_file(file: InputFile, text_key: str, on_bad: str, read: Callable[[int], None]) -> Scan:
+def scan_file(file: InputFile, reading: Reading, on_bad: str, read: Callable[[int], None]) -> Scan:
     """Reads a file through. Raises DataError at the first bad document if on_bad is "stop"."""
     hashes, sizes, offsets = array("Q"), array("Q"), array("Q")
     bad: list[tuple[str, str]] = []
-    for document in documents(file, text_key):
+    for document in documents(file, reading):
         parts = Hashed(document.parts())
         why = document.bad
         if why is None:
@@ -170,7 +177,7 @@ def choose_validation(hashes: Hashes, sizes: NDArray[np.uint64], share: float) -
 
 @dataclass(frozen=True)
 class Piece:
-    """The documents of file number `file` that begin in its unpacked bytes [start, stop)."""
+    """The documents of file number `file` with offsets in [start, stop)."""
 
     file: int
     start: int
@@ -186,7 +193,7 @@ def cut_units(scans: Iterable[Scan], unit_bytes: int) -> list[Unit]:
     room = unit_bytes
     for number, scan in enumerate(scans):
         ends = np.cumsum(scan.sizes.astype(np.int64))
-        first = start = 0  # document, and byte, that the unit under way takes from this file
+        first = start = 0  # document, and its place, that the unit under way takes from this file
         while first < len(ends):
             if room <= 0:
                 units.append([])

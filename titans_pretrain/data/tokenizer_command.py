@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from titans_pretrain.data.content import BadDocument, Reading
 from titans_pretrain.data.files import write_atomically
-from titans_pretrain.data.text import BadDocument, documents, find_inputs
-from titans_pretrain.data.tokens import LIBRARY, Tokenizer, cut, train
+from titans_pretrain.data.inputs import documents, find_inputs
+from titans_pretrain.data.tokens import LIBRARY, SentencePiece, Tokenizer, cut, train
 from titans_pretrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def register(subparsers: Subparsers) -> None:
     learn.set_defaults(run=_run_train)
 
     inspect = actions.add_parser("inspect", help="say what a model is")
-    inspect.add_argument("model")
+    inspect.add_argument("model", help="a .model file, or bytes, or integers:VOCAB")
     inspect.add_argument("--text", help="also show how this text is cut")
     inspect.set_defaults(run=_run_inspect)
 
@@ -63,19 +64,19 @@ def train_model(
     The same text gives the same bytes. Raises DataError where it cannot fill the vocabulary.
     """
     lines = _lines(inputs, text_key, limit_mb)
-    return Tokenizer(train(lines, vocab_size, byte_fallback, 8 * LONGEST_LINE), "trained")
+    return SentencePiece(train(lines, vocab_size, byte_fallback, 8 * LONGEST_LINE), "trained")
 
 
 def _lines(inputs: list[str], text_key: str, limit_mb: int | None) -> Iterator[str]:
     room = float("inf") if limit_mb is None else limit_mb * 1e6
     used = 0
     for file in find_inputs(inputs):
-        for document in documents(file, text_key):
+        for document in documents(file, Reading(text_key)):
             if document.bad:
                 continue
             rest = ""
             try:
-                for part in document.parts():
+                for part in document.texts():
                     *lines, rest = (rest + part).split("\n")
                     for line in lines:
                         yield from _pieces(line)
@@ -83,7 +84,7 @@ def _lines(inputs: list[str], text_key: str, limit_mb: int | None) -> Iterator[s
                 continue
             yield from _pieces(rest)
             used += 1
-            room -= sum(len(part.encode()) for part in document.parts())
+            room -= sum(len(part.encode()) for part in document.texts())
             if room <= 0:
                 return
     if not used:
@@ -104,10 +105,10 @@ def bytes_per_token(tokenizer: Tokenizer, inputs: list[str], text_key: str = "te
     """Mean over all documents, bos and eos not counted."""
     size = tokens = 0
     for file in find_inputs(inputs):
-        for document in documents(file, text_key):
+        for document in documents(file, Reading(text_key)):
             try:
-                size += sum(len(part.encode()) for part in document.parts())
-                tokens += len(tokenizer.encode_parts(document.parts()))
+                size += sum(len(part.encode()) for part in document.texts())
+                tokens += len(tokenizer.encode_parts(document.texts()))
             except BadDocument:
                 continue
     return size / max(tokens, 1)
@@ -160,7 +161,7 @@ def _run_inspect(args: argparse.Namespace) -> int:
     print(tokenizer.describe())
     if args.text is not None:
         ids = [int(i) for i in tokenizer.encode(args.text)]
-        print(f"{len(ids)} tokens: " + " ".join(tokenizer.processor.id_to_piece(ids)))
+        print(f"{len(ids)} tokens: " + " ".join(tokenizer.pieces(ids)))
         print(f"ids: {ids}\ndecoded: {tokenizer.decode(ids)!r}")
     return 0
 

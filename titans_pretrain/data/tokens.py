@@ -1,9 +1,12 @@
-"""The sentencepiece tokenizer: documents to ids and back, in bounded memory for any document."""
+"""The one tokenizer interface, and sentencepiece's: documents to ids and back, in bounded memory
+for any document. Vocabularies that are the data itself (bytes, integers) are in raw_tokens.py.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,18 +15,98 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
+from titans_pretrain.data.content import Part
 from titans_pretrain.errors import DataError
 
 LIBRARY = f"sentencepiece {sentencepiece.__version__}"
 PIECE = 1 << 16  # characters encoded at a time
 
 
-class Tokenizer:
+class Tokenizer(ABC):
+    """Documents to ids and back.
+
+    `model` is what a file keeps of it, `hash` that file's sha256; `content` is what documents hold
+    ("text", "bytes" or "integers"). `unk` is -1 where nothing is unknown.
+    """
+
+    kind: str
+    content: str
+    model: bytes
+    name: str
+    vocab_size: int
+    unk: int
+    bos: int
+    eos: int
+    pad: int
+
+    @staticmethod
+    def load(which: str | Path, **special: Any) -> Tokenizer:
+        """The tokenizer that a file holds, or "bytes", or "integers:VOCAB". Raises DataError.
+
+        `bos`, `eos` and `pad` may be given as ids to stand in for the tokenizer's own.
+        """
+        from titans_pretrain.data import raw_tokens  # built on this module
+
+        if raw_tokens.is_named(which):
+            return raw_tokens.named(str(which), **special)
+        try:
+            model = Path(which).read_bytes()
+        except OSError as e:
+            raise DataError(
+                f"tokenizer {which}: {e.strerror}",
+                "a tokenizer is a sentencepiece .model file, or bytes, or integers:VOCAB",
+                "give the path of a .model file, e.g. tokenizers/titans-32k.model",
+            ) from e
+        if raw_tokens.is_model(model):
+            return raw_tokens.loaded(model, str(which), **special)
+        return SentencePiece(model, str(which), **special)
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the model (hex)."""
+        return hashlib.sha256(self.model).hexdigest()
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest little-endian type that holds every id."""
+        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+
+    def encode(self, text: str) -> NDArray[np.integer]:
+        """Ids of a text, without bos and eos."""
+        return self.encode_parts([text])
+
+    @abstractmethod
+    def encode_parts(self, parts: Iterable[Part]) -> NDArray[np.integer]:
+        """Ids [n] (of `dtype`) of the content that `parts` join to, whatever the parts: as
+        `encode`, but holding only a few pieces of it at a time."""
+
+    def encode_documents(self, texts: Sequence[str]) -> list[NDArray]:
+        """bos + text + eos for each document."""
+        ends = np.asarray([self.bos], self.dtype), np.asarray([self.eos], self.dtype)
+        return [np.concatenate([ends[0], self.encode(text), ends[1]]) for text in texts]
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int] | NDArray) -> str:
+        """The text of ids; bos, eos and pad vanish."""
+
+    @abstractmethod
+    def pieces(self, ids: Sequence[int] | NDArray) -> list[str]:
+        """What each id stands for, to be shown."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What the tokenizer is, in words."""
+
+
+class SentencePiece(Tokenizer):
     """A sentencepiece model with its special ids. Raises DataError if the model lacks one.
 
     `bos`, `eos` and `pad` may be given as ids to stand in for those that the model lacks;
     `complete=False` lets a model without them be looked at (its id is -1).
     """
+
+    kind = "sentencepiece"
+    content = "text"
 
     def __init__(
         self,
@@ -36,7 +119,6 @@ class Tokenizer:
         complete: bool = True,
     ) -> None:
         self.model, self.name, self._complete = model, name, complete
-        self.hash = hashlib.sha256(model).hexdigest()
         self.processor = sentencepiece.SentencePieceProcessor()
         try:
             self.processor.LoadFromSerializedProto(model)
@@ -46,8 +128,8 @@ class Tokenizer:
                 "a tokenizer is a sentencepiece .model file",
                 "give the .model file, not the .vocab or a folder; fetch it again if it was cut",
             ) from e
-        self.vocab_size: int = self.processor.get_piece_size()
-        self.unk: int = self.processor.unk_id()
+        self.vocab_size = self.processor.get_piece_size()
+        self.unk = self.processor.unk_id()
         self.bos = self._special("bos", self.processor.bos_id(), bos)
         self.eos = self._special("eos", self.processor.eos_id(), eos)
         self.pad = self._special("pad", self.processor.pad_id(), pad)
@@ -61,19 +143,6 @@ class Tokenizer:
         joined = self.processor.encode("\na")
         self._newline = newline if joined[: len(newline)] == newline else []
 
-    @classmethod
-    def load(cls, path: str | Path, **special: Any) -> Tokenizer:
-        """Reads a .model file. Raises DataError."""
-        try:
-            model = Path(path).read_bytes()
-        except OSError as e:
-            raise DataError(
-                f"tokenizer {path}: {e.strerror}",
-                "a tokenizer is a sentencepiece .model file",
-                "give the path of a .model file, e.g. tokenizers/titans-32k.model",
-            ) from e
-        return cls(model, str(path), **special)
-
     def _special(self, name: str, own: int, given: int | None) -> int:
         value = own if given is None else given
         if not 0 <= value < self.vocab_size and (self._complete or given is not None):
@@ -85,25 +154,10 @@ class Tokenizer:
             )
         return value
 
-    @property
-    def dtype(self) -> np.dtype:
-        """The smallest little-endian type that holds every id."""
-        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
-
-    def encode(self, text: str) -> NDArray[np.int64]:
-        """Ids of a text, without bos and eos."""
-        return self.encode_parts([text])
-
-    def encode_parts(self, parts: Iterable[str]) -> NDArray[np.int64]:
-        """Ids of the text that `parts` join to, whatever the parts: as `encode`, but holding
-        only a few pieces of text at a time."""
-        ids = [np.asarray(piece, self.dtype) for piece in self._encode_pieces(parts)]
+    def encode_parts(self, parts: Iterable[Part]) -> NDArray[np.integer]:
+        texts = (part for part in parts if isinstance(part, str))
+        ids = [np.asarray(piece, self.dtype) for piece in self._encode_pieces(texts)]
         return np.concatenate([np.zeros(0, self.dtype), *ids])
-
-    def encode_documents(self, texts: Sequence[str]) -> list[NDArray]:
-        """bos + text + eos for each document."""
-        ends = np.asarray([self.bos], self.dtype), np.asarray([self.eos], self.dtype)
-        return [np.concatenate([ends[0], self.encode(text), ends[1]]) for text in texts]
 
     def _encode_pieces(self, parts: Iterable[str], size: int = PIECE) -> Iterator[list[int]]:
         for piece, joint in cut(parts, self._dummy, size):
@@ -116,11 +170,12 @@ class Tokenizer:
                 yield self.processor.encode(piece)
 
     def decode(self, ids: Sequence[int] | NDArray) -> str:
-        """The text of ids; bos, eos and pad vanish."""
         return self.processor.decode([int(i) for i in ids])
 
+    def pieces(self, ids: Sequence[int] | NDArray) -> list[str]:
+        return self.processor.id_to_piece([int(i) for i in ids])
+
     def describe(self) -> str:
-        """What the model is, in words."""
         kinds = {"byte": 0, "control": 0}
         for i in range(self.vocab_size):
             kinds["byte"] += self.processor.is_byte(i)
