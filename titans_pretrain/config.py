@@ -138,11 +138,25 @@ class SourceConfig(Section):
     path: str
 
 
+class CacheConfig(Section):
+    """Shards of sources behind URLs, kept on a disk of each node and shared by its processes."""
+
+    folder: str | None = None  # default: $TMPDIR/titans-pretrain-UID, else ~/.cache/titans-pretrain
+    gib: PositiveFloat = 50.0  # GiB of shards kept; at least two windows of 16 shards a source
+    retries: NonNegative = 5  # of a fetch that failed
+    timeout: PositiveFloat = 60.0  # seconds without a byte end an attempt
+    backoff: PositiveFloat = 1.0  # seconds before the first retry, doubled for each later one
+
+
 class DataConfig(Section):
     sources: dict[str, SourceConfig] = Field(min_length=1)  # name -> prepared folder
     sequence_length: Positive = 4096
     seed: int = 0
     workers: NonNegative = 1  # loader processes of each rank
+    cache: CacheConfig = CacheConfig()
+    # What stays missing, cut or damaged: stop, or leave it out and read other rows in its place.
+    on_bad: Literal["stop", "quarantine"] = "stop"
+    max_bad: Fraction = 0.01  # quarantine: a larger share of a source's members stops the run
     allow_changed: bool = False  # resume although manifest, tokenizer or sequence length changed
 
     @field_validator("sources")

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from titans_pretrain.config import ALIGNMENTS
 from titans_pretrain.data.files import file_sha256, write_atomically
+from titans_pretrain.data.store import Folder, Store
 from titans_pretrain.data.tokens import Tokenizer
 from titans_pretrain.errors import DataError
 
@@ -86,10 +87,16 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    folder: Path
+    folder: Path  # of the manifest and its tables
     hash: str
     header: dict[str, Any]
     splits: dict[str, Split]
+    remote: Store | None = None  # of the shards; default: the same folder
+
+    @cached_property
+    def store(self) -> Store:
+        """Where the shards are."""
+        return self.remote or Folder(self.folder)
 
     @property
     def tokenizer_hash(self) -> str:
@@ -175,11 +182,20 @@ def load_manifest(folder: str | Path) -> Manifest:
     path = folder / "manifest.json"
     remedy = f"prepare the data: titans-pretrain prepare INPUT --tokenizer MODEL --out {folder}"
     try:
-        header = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except OSError as e:
         raise DataError(
             f"{path}: {e.strerror}", "a source is a folder written by `prepare`", remedy
         ) from e
+    header = parse_header(content, str(path), remedy)
+    splits = {name: _load_split(folder, name, told) for name, told in header["splits"].items()}
+    return Manifest(folder, header["hash"], header, splits)
+
+
+def parse_header(content: bytes, path: str, remedy: str) -> dict[str, Any]:
+    """The header that a `manifest.json` holds. Raises DataError, naming `path`."""
+    try:
+        header = json.loads(content.decode("utf-8"))
     except ValueError as e:
         raise DataError(f"{path}: {e}", "the manifest is JSON as `prepare` wrote it", remedy) from e
     if not isinstance(header, dict) or header.get("version") != VERSION:
@@ -191,8 +207,7 @@ def load_manifest(folder: str | Path) -> Manifest:
             "a manifest is never edited by hand",
             remedy,
         )
-    splits = {name: _load_split(folder, name, told) for name, told in header["splits"].items()}
-    return Manifest(folder, header["hash"], header, splits)
+    return header
 
 
 def _load_split(folder: Path, name: str, told: dict[str, Any]) -> Split:

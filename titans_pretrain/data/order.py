@@ -92,6 +92,19 @@ class Order:
             shard[here], block[here] = self._locate_in_epoch(int(e), index[here])
         return Address(epoch, shard, block)
 
+    def window_of(self, sample: int) -> int:
+        """The number of the window that a sample lies in, counted through all epochs."""
+        epoch, index = divmod(sample, self.total)
+        _, ends = self._table(epoch)
+        position = int(np.searchsorted(ends, index, side="right"))
+        return epoch * -(-len(ends) // self.window) + position // self.window
+
+    def shards_in(self, window: int) -> list[int]:
+        """The shards of a window, by its number."""
+        epoch, number = divmod(window, -(-len(self.blocks) // self.window))
+        shards, _ = self._table(epoch)
+        return shards[number * self.window : (number + 1) * self.window].tolist()
+
     def _locate_in_epoch(self, epoch: int, index: Ints) -> tuple[Ints, Ints]:
         shards, ends = self._table(epoch)
         starts = ends - self.blocks[shards]

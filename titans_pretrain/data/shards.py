@@ -5,7 +5,7 @@ Checks, and what they cost: a shard's size when it is opened; each member's chec
 flipped bit is named with its file and member before any of its tokens is used; every id against
 the vocabulary. `verify_shard` compares whole files with their sha256. Reads are positioned reads
 rather than a memory map: a failing disk then raises an error that names the file, where a map
-would kill the process.
+would kill the process. Shards behind URLs come through the node's cache (store.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import os
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +23,31 @@ from numpy.typing import NDArray
 from titans_pretrain.data.files import file_sha256
 from titans_pretrain.data.manifest import Manifest, Shard
 from titans_pretrain.data.pack import HEADER
+from titans_pretrain.data.store import REPAIR, UNREADABLE, Folder, Unusable
 from titans_pretrain.errors import ConfigError, DataError
 
 OPEN_FILES = 64
 CACHED_MEMBERS = 1024
 CHECK = 1 << 22  # bytes read at a time for a checksum
-REPAIR = "fetch the shard again, or prepare the folder anew"
 
 Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A member that cannot be used, or a whole shard (`member` None)."""
+
+    shard: int
+    member: int | None  # in the split's table
+    why: str
 
 
 class BlockReader:
     """Reads blocks of `sequence_length` padded tokens of one split.
 
-    `vocab_size` bounds the ids (default: the tokenizer's). Raises ConfigError for an alignment
-    without a column in the manifest, DataError for a split without a document.
+    `vocab_size` bounds the ids (default: the tokenizer's). `tolerant` readers are asked by
+    `faults` before they read, and go on with what a damaged shard still holds. Raises ConfigError
+    for an alignment without a column in the manifest, DataError for a split without a document.
     """
 
     def __init__(
@@ -45,6 +57,7 @@ class BlockReader:
         sequence_length: int,
         align: int,
         vocab_size: int | None = None,
+        tolerant: bool = False,
     ) -> None:
         if align not in manifest.header["alignments"] or sequence_length % align:
             raise ConfigError(
@@ -53,7 +66,7 @@ class BlockReader:
                 "the row",
                 "change model.memory.chunk or data.sequence_length",
             )
-        self.manifest, self.split_name = manifest, split
+        self.manifest, self.split_name, self.tolerant = manifest, split, tolerant
         self.split = manifest.splits[split]
         self.sequence_length, self.align = sequence_length, align
         self.vocab_size = vocab_size or manifest.vocab_size
@@ -72,6 +85,52 @@ class BlockReader:
         self._files: OrderedDict[int, int] = OrderedDict()
         self._layouts: OrderedDict[int, tuple[Ints, Ints, Ints]] = OrderedDict()
         self._checked = bytearray(len(self.split.members))
+        self._bad: dict[tuple[int, int | None], str] = {}  # (shard, member) -> why
+        self._renewed: set[int] = set()
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """From now on rows come from these shards, most urgent first; others are closed."""
+        shards = list(shards)
+        for shard in self._files.keys() - set(shards):
+            os.close(self._files.pop(shard))
+        self.manifest.store.expect(self.split.shards[shard] for shard in shards)
+
+    def condemn(self, fault: Fault) -> None:
+        """Takes a member, or a shard, for bad without looking at it."""
+        self._bad[fault.shard, fault.member] = fault.why
+
+    def faults(self, shard: int, block: int) -> list[Fault]:
+        """What is bad under a block; empty: the block can be read. Checks its members whole, so
+        that the answer depends on the data alone, never on what was read before."""
+        begin, end = self._range(shard, block)
+        first = int(np.searchsorted(self._ends, begin, side="right"))
+        last = int(np.searchsorted(self._ends, end, side="left"))
+        found = []
+        for member in range(first, last + 1):
+            try:
+                if not self._checked[member]:
+                    self._require_good(shard, member)
+                    self._layout(shard, member)
+                    self._ids(shard, member, 0, int(self.split.members[member]["tokens"]))
+            except Unusable as e:
+                whole = (shard, None) in self._bad
+                self._checked[member] = 0
+                self._bad.setdefault((shard, None if whole else member), e.why)
+            for bad in (None, member):
+                why = self._bad.get((shard, bad))
+                if why is not None and Fault(shard, bad, why) not in found:
+                    found.append(Fault(shard, bad, why))
+        return found
+
+    def _require_good(self, shard: int, member: int) -> None:
+        for key in ((shard, None), (shard, member)):
+            if key in self._bad:
+                raise Unusable(self._path(shard), "known to be bad", "", self._bad[key])
+
+    def _range(self, shard: int, block: int) -> tuple[int, int]:
+        """The block's padded tokens begin..end of the split."""
+        begin = int(self._shard_start[shard]) + block * self.sequence_length
+        return begin, min(begin + self.sequence_length, int(self._shard_start[shard + 1]))
 
     def read(
         self, shard: int, block: int, tokens: Ints, labels: Ints, positions: Ints, mask: NDArray
@@ -80,8 +139,7 @@ class BlockReader:
 
         Raises DataError naming shard, member and byte offset where the data is not as prepared.
         """
-        begin = int(self._shard_start[shard]) + block * self.sequence_length
-        end = min(begin + self.sequence_length, int(self._shard_start[shard + 1]))
+        begin, end = self._range(shard, block)
         member = int(np.searchsorted(self._ends, begin, side="right"))
         at = begin
         while at < end:
@@ -159,7 +217,12 @@ class BlockReader:
         row = self.split.members[member]
         raw = self._bytes(shard, member, int(row["len"]), 4 * int(row["documents"]))
         if not self._checked[member]:
-            self._check(shard, member, raw)
+            try:
+                self._check(shard, member, raw)
+            except Unusable:
+                if not self._renew(shard):
+                    raise
+                return self._layout(shard, member)
             self._checked[member] = 1
         lengths = np.frombuffer(raw, "<u4").astype(np.int64)
         padded = -(-lengths // self.align) * self.align
@@ -168,6 +231,15 @@ class BlockReader:
         if len(self._layouts) > CACHED_MEMBERS:
             self._layouts.popitem(last=False)
         return layout
+
+    def _renew(self, shard: int) -> bool:
+        """Whether a shard whose copy here is damaged may be read again, from a new one."""
+        if shard in self._renewed or not self.manifest.store.renew(self.split.shards[shard]):
+            return False
+        self._renewed.add(shard)
+        if shard in self._files:
+            os.close(self._files.pop(shard))
+        return True
 
     def _check(self, shard: int, member: int, lengths: bytes) -> None:
         row = self.split.members[member]
@@ -181,12 +253,17 @@ class BlockReader:
         if crc != int(row["tok_crc"]):
             raise self._corrupt(shard, member, at, size, ".tok")
 
-    def _corrupt(self, shard: int, member: int, offset: int, size: int, suffix: str) -> DataError:
-        return DataError(
-            f"{self._path(shard)}: {self._name(shard, member)}{suffix} at bytes {offset}.."
-            f"{offset + size - 1} is not what was prepared (checksum)",
+    def _corrupt(self, shard: int, member: int, offset: int, size: int, suffix: str) -> Unusable:
+        why = (
+            f"{self._name(shard, member)}{suffix} at bytes {offset}..{offset + size - 1} is not "
+            "what was prepared (checksum)"
+        )
+        return Unusable(
+            f"{self._path(shard)}: {why}",
             "tokens are read only from members whose checksum is the manifest's",
             REPAIR,
+            why,
+            offset,
         )
 
     def _ids(self, shard: int, member: int, begin: int, end: int) -> NDArray:
@@ -197,12 +274,17 @@ class BlockReader:
         ids = np.frombuffer(raw, self._dtype)
         if len(ids) and int(ids.max()) >= self.vocab_size:
             worst = int(np.argmax(ids >= self.vocab_size))
-            raise DataError(
-                f"{self._path(shard)}: {self._name(shard, member)}.tok at byte "
-                f"{offset + worst * size}: token id {int(ids[worst])}",
+            why = (
+                f"{self._name(shard, member)}.tok at byte {offset + worst * size}: token id "
+                f"{int(ids[worst])}"
+            )
+            raise Unusable(
+                f"{self._path(shard)}: {why}",
                 f"ids are below the vocabulary size {self.vocab_size}",
                 "set model.vocab_size to the tokenizer's or leave it out; or prepare the folder "
                 "with the model's tokenizer",
+                why,
+                offset + worst * size,
             )
         return ids
 
@@ -210,18 +292,17 @@ class BlockReader:
         try:
             data = os.pread(self._file(shard), count, offset)
         except OSError as e:
-            raise DataError(
-                f"{self._path(shard)}: reading {count} bytes at {offset}: {e.strerror}",
-                "shards can be read",
-                "check the disk or file system, then run again",
-            ) from e
+            why = f"reading {count} bytes at {offset}: {e.strerror}"
+            told = f"{self._path(shard)}: {why}", "shards can be read"
+            remedy = "check the disk or file system, then run again"
+            if e.errno in UNREADABLE:
+                raise Unusable(*told, remedy, why, offset) from e
+            raise DataError(*told, remedy) from e
         if len(data) != count:
-            raise DataError(
-                f"{self._path(shard)}: ends at byte {offset + len(data)}, inside "
-                f"{self._name_or_index(member)}",
-                "a shard does not change during a run",
-                REPAIR,
-            )
+            end = min(offset + len(data), os.fstat(self._file(shard)).st_size)
+            why = f"ends at byte {end}, inside {self._name_or_index(member)}"
+            rule = "a shard does not change during a run"
+            raise Unusable(f"{self._path(shard)}: {why}", rule, REPAIR, why, end)
         return data
 
     def _file(self, shard: int) -> int:
@@ -229,14 +310,45 @@ class BlockReader:
         if known is not None:
             self._files.move_to_end(shard)
             return known
-        file = open_shard(self.manifest.folder, self.split.shards[shard])
+        file = self._open(shard)
         self._files[shard] = file
         if len(self._files) > OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
         return file
 
-    def _path(self, shard: int) -> Path:
-        return self.manifest.folder / self.split.shards[shard].file
+    def _open(self, shard: int) -> int:
+        store, told = self.manifest.store, self.split.shards[shard]
+        try:
+            return store.open(told)
+        except Unusable as e:
+            file = store.open_damaged(told)
+            if file is not None and self.tolerant:
+                return file  # whole members of it are good
+            self._bad[shard, None] = e.why
+            value = f"{e.value} ({self._first_bad(shard, file, e.offset)})"
+            raise Unusable(value, e.rule, e.remedy, e.why, e.offset) from e
+
+    def _first_bad(self, shard: int, file: int | None, offset: int) -> str:
+        """The first bad member of a damaged shard: found in `file`, which is closed; or the one
+        around byte `offset`."""
+        rows = self.split.first_member[shard : shard + 2]
+        if file is not None:
+            self._files[shard] = file
+            try:
+                for member in range(*rows):
+                    row = self.split.members[member]
+                    raw = self._bytes(shard, member, int(row["len"]), 4 * int(row["documents"]))
+                    self._check(shard, member, raw)
+            except Unusable as e:
+                return e.why
+            finally:
+                os.close(self._files.pop(shard))
+            return "no member differs: the archive's own parts do"
+        before = self.split.members["tok"][slice(*rows)] <= offset
+        return f"at {self._name_or_index(int(rows[0]) + max(0, int(before.sum()) - 1))}"
+
+    def _path(self, shard: int) -> str:
+        return self.manifest.store.where(self.split.shards[shard])
 
     def _name_or_index(self, member: int) -> str:
         return f"member {member} of {self.split_name}"
@@ -248,6 +360,7 @@ class BlockReader:
         """Closes the files; the reader may be used again."""
         while self._files:
             os.close(self._files.popitem()[1])
+        self.manifest.store.close()
 
 
 _COUNT: Ints = np.arange(1 << 16)
@@ -255,23 +368,7 @@ _COUNT: Ints = np.arange(1 << 16)
 
 def open_shard(folder: Path, shard: Shard) -> int:
     """A file descriptor of the shard, once it exists and has its size. Raises DataError."""
-    path = folder / shard.file
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as e:
-        raise DataError(
-            f"{path}: {e.strerror}", "the shards lie beside their manifest", REPAIR
-        ) from e
-    size = os.fstat(file).st_size
-    if size != shard.bytes:
-        os.close(file)
-        raise DataError(
-            f"{path}: {size} bytes, manifest {shard.bytes}; "
-            + (f"it ends at offset {size}" if size < shard.bytes else "it is too long"),
-            "a shard has the size it was written with",
-            REPAIR,
-        )
-    return file
+    return Folder(folder).open(shard)
 
 
 def member_name(file: int, content: int) -> str:
