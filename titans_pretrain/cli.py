@@ -112,6 +112,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     inspect.add_argument("path", type=Path, help="of one of these, or of a folder of checkpoints")
     inspect.add_argument("--verify", action="store_true", help="read every shard of a manifest")
+    inspect.add_argument(
+        "--samples", type=int, default=3, metavar="N", help="documents shown of a prepared folder"
+    )
+    inspect.add_argument(
+        "--sequence-length", type=int, metavar="T", help="also how rows of T tokens are filled"
+    )
     inspect.set_defaults(run=_inspect)
     bench = commands.add_parser("bench", help="measure the memory or the data stream")
     bench.add_argument("what", choices=sorted(_BENCHMARKS))
@@ -211,7 +217,7 @@ def _train(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from titans_pretrain.inspect_command import inspect
 
-    print(inspect(args.path, args.verify))
+    print(inspect(args.path, args.verify, args.samples, args.sequence_length))
     return 0
 
 

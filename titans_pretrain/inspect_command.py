@@ -13,8 +13,11 @@ from typing import Any
 from titans_pretrain.errors import ConfigError
 
 
-def inspect(path: Path, verify: bool = False) -> str:
-    """A description in lines; `verify` reads all shards of a manifest.
+def inspect(
+    path: Path, verify: bool = False, samples: int = 3, sequence_length: int | None = None
+) -> str:
+    """A description in lines; `verify` reads all shards of a manifest, of which also `samples`
+    documents are shown, and how rows of `sequence_length` are filled.
 
     A folder of checkpoints stands for its latest. Raises ConfigError for a path that is none of
     these, DataError for a damaged one.
@@ -22,7 +25,8 @@ def inspect(path: Path, verify: bool = False) -> str:
     if path.name == "manifest.json" or (path / "manifest.json").exists():
         from titans_pretrain.data.inspect import describe_manifest
 
-        return describe_manifest(path if path.is_dir() else path.parent, verify)
+        folder = path if path.is_dir() else path.parent
+        return describe_manifest(folder, verify, samples, sequence_length)
     if path.suffix == ".tar" and path.is_file():
         from titans_pretrain.data.inspect import describe_shard
 

@@ -310,7 +310,7 @@ def test_the_command(tmp_path, capsys, corpus):
     command = ["prepare", str(corpus[0]), "--out", str(out), "--tokenizer", DEMO]
     assert main([*command, "--workers", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "120 documents" in printed and "validation:" in printed
+    assert "120 documents" in printed and "  validation   " in printed
     assert main([*command, "--workers", "0"]) == 2
     assert main([*command, "--tokenizer", str(corpus[0])]) == 3
 

@@ -3,37 +3,48 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from titans_pretrain.config import ALIGNMENTS
+from titans_pretrain.data.lengths import SHARDS, beginnings, describe_lengths, read_lengths
 from titans_pretrain.data.manifest import Manifest, Split, load_manifest
-from titans_pretrain.data.shards import member_name, open_shard, verify_shard
-from titans_pretrain.errors import DataError
+from titans_pretrain.data.shards import BlockReader, member_name, open_shard, verify_shard
+from titans_pretrain.errors import ConfigError, DataError
 
 
-def describe_manifest(path: str | Path, verify: bool = False) -> str:
-    """A prepared folder in words; `verify` compares every shard with its sha256. DataError."""
+def describe_manifest(
+    path: str | Path,
+    verify: bool = False,
+    samples: int = 3,
+    sequence_length: int | None = None,
+    shards: int = SHARDS,
+) -> str:
+    """A prepared folder in words.
+
+    `verify` compares every shard with its sha256; `samples` documents of each split are shown;
+    `sequence_length` adds how rows of that length are filled; at most `shards` shards of a split
+    are opened for lengths and samples. Raises DataError.
+    """
     manifest = load_manifest(path)
-    header, tokenizer = manifest.header, manifest.header["tokenizer"]
-    train, held = manifest.splits["train"], manifest.splits["validation"]
-    whole = train.tokens + held.tokens
-    lines = [
-        f"prepared folder {manifest.folder} (manifest {manifest.hash[:16]}...)",
-        f"  {header['documents']:,} documents, {header['text_bytes'] / 1e6:,.1f} MB of text from "
-        f"{header['identity']['inputs']['files']:,} file(s); "
-        f"{header['skipped']['documents']:,} documents skipped",
-        f"  tokenizer {tokenizer['sha256'][:16]}..., {tokenizer['vocab_size']:,} pieces, "
-        f"bos {tokenizer['bos']}, eos {tokenizer['eos']}, pad {tokenizer['pad']}; "
-        f"{header['text_bytes'] / max(whole, 1):.3f} bytes per token; "
-        f"{tokenizer['unknown_tokens']:,} unknown tokens",
-    ]
+    lines = [*summary(manifest), "", *_padding(manifest, sequence_length)]
     for name, split in manifest.splits.items():
-        lines.append(f"  {name}: {_describe_split(split, whole)}")
-    waste = [f"{a}: {train.padded_ends(a)[-1] / train.tokens - 1:.2%}" for a in ALIGNMENTS]
-    lines.append("  pads of the train split by alignment: " + ", ".join(waste))
-    lines += [f"  skipped {where}: {why}" for where, why in header["skipped"]["first"][:10]]
+        if not split.documents:
+            continue
+        reader = BlockReader(manifest, name, 1, 1)
+        found = read_lengths(reader, shards)
+        lines += ["", *describe_lengths(name, found, len(split.members))]
+        if sequence_length is not None:
+            long = found.documents[found.documents > sequence_length]
+            share = len(long) / len(found.documents), long.sum() / found.documents.sum()
+            lines.append(
+                f"  longer than a row of {sequence_length:,}: {share[0]:.2%} of the documents, "
+                f"{share[1]:.2%} of the tokens"
+            )
+        lines += beginnings(manifest, reader, found, samples) if samples else []
+        reader.close()
     if verify:
         for split in manifest.splits.values():
             for shard in split.shards:
@@ -43,13 +54,67 @@ def describe_manifest(path: str | Path, verify: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _describe_split(split: Split, whole: int) -> str:
-    mean = split.tokens / max(split.documents, 1)
-    return (
-        f"{split.documents:,} documents, {split.tokens:,} tokens ({split.tokens / whole:.2%}), "
-        f"{mean:,.0f} a document; {len(split.members):,} members in {len(split.shards):,} "
-        f"shard(s), {sum(s.bytes for s in split.shards) / 1e6:,.1f} MB"
+def summary(manifest: Manifest) -> Iterator[str]:
+    """What the manifest tells without a look into the shards."""
+    header, tokenizer = manifest.header, manifest.header["tokenizer"]
+    kind = tokenizer.get("kind", "sentencepiece")
+    whole = sum(split.tokens for split in manifest.splits.values())
+    size, inputs = header["text_bytes"], header["identity"]["inputs"]["files"]
+    content = f"{size // 4:,} integers" if kind == "integers" else f"{size / 1e6:,.1f} MB"
+    density = f"{size / max(whole, 1):.3f} bytes per token, " if kind == "sentencepiece" else ""
+    yield f"prepared folder {manifest.folder} (manifest {manifest.hash[:16]}...)"
+    yield (
+        f"  {header['documents']:,} documents, {content} from {inputs:,} file(s); "
+        f"{header['skipped']['documents']:,} documents skipped"
     )
+    yield (
+        f"  tokenizer: {kind} {tokenizer['sha256'][:16]}..., {tokenizer['vocab_size']:,} ids, "
+        f"bos {tokenizer['bos']}, eos {tokenizer['eos']}, pad {tokenizer['pad']}"
+    )
+    yield f"  {density}{tokenizer['unknown_tokens']:,} unknown tokens"
+    for where, why in header["skipped"]["first"][:10]:
+        yield f"  skipped {where}: {why}"
+    yield ""
+    yield (
+        f"  {'split':<12} {'documents':>13} {'tokens':>17} {'share':>7} {'a document':>11} "
+        f"{'members':>9} {'shards':>7} {'MB':>11}"
+    )
+    for name, split in manifest.splits.items():
+        share, mean = split.tokens / max(whole, 1), split.tokens / max(split.documents, 1)
+        yield (
+            f"  {name:<12} {split.documents:>13,} {split.tokens:>17,} {share:>7.2%} {mean:>11,.0f} "
+            f"{len(split.members):>9,} {len(split.shards):>7,} "
+            f"{sum(s.bytes for s in split.shards) / 1e6:>11,.1f}"
+        )
+
+
+def _padding(manifest: Manifest, sequence_length: int | None) -> Iterator[str]:
+    """Pads by alignment; with a row's length, the rows and how much of them is tokens. Exact:
+    from the table of members."""
+    splits = {name: split for name, split in manifest.splits.items() if split.tokens}
+    if sequence_length is not None and sequence_length < 1:
+        raise ConfigError(f"--sequence-length {sequence_length}", "rows hold tokens", "e.g. 4096")
+    rows = "" if sequence_length is None else f"; rows of {sequence_length:,} tokens"
+    yield f"  pads, where each document is padded to a multiple of the memory's chunk{rows}"
+    head = f"  {'chunk':>7}"
+    for name in splits:
+        head += f" {name:>14}"
+        if sequence_length is not None:
+            head += f" {'rows':>14} {'filled':>8}"
+    yield head
+    for align in ALIGNMENTS:
+        if sequence_length is None or sequence_length % align == 0:
+            cells = (_pads(split, align, sequence_length) for split in splits.values())
+            yield f"  {align:>7,}" + "".join(cells)
+
+
+def _pads(split: Split, align: int, sequence_length: int | None) -> str:
+    padded = int(split.padded_ends(align)[-1])
+    cell = f" {padded / split.tokens - 1:>14.2%}"
+    if sequence_length is None:
+        return cell
+    rows = int(split.blocks(sequence_length, align).sum())
+    return f"{cell} {rows:>14,} {split.tokens / (rows * sequence_length):>8.2%}"
 
 
 def describe_shard(path: str | Path) -> str:
@@ -73,8 +138,9 @@ def describe_shard(path: str | Path) -> str:
     if len(rows) > 20:
         lines.append(f"  and {len(rows) - 20} more members")
 
+    count = min(64, int(rows[0]["tokens"]))
     ids = np.frombuffer(
-        os.pread(file, 64 * manifest.dtype.itemsize, int(rows[0]["tok"])), manifest.dtype
+        os.pread(file, count * manifest.dtype.itemsize, int(rows[0]["tok"])), manifest.dtype
     )
     os.close(file)
     lines.append(f"  begins: {manifest.tokenizer().decode(ids)!r}")

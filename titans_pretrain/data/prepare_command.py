@@ -68,7 +68,7 @@ def register(subparsers: Subparsers) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from titans_pretrain.data.content import KEYS
-    from titans_pretrain.data.inspect import describe_manifest
+    from titans_pretrain.data.inspect import summary
     from titans_pretrain.data.prepare import Settings, prepare
     from titans_pretrain.data.tokens import Tokenizer
 
@@ -85,6 +85,5 @@ def _run(args: argparse.Namespace) -> int:
         document_length=args.document_length,
         separator=args.separator,
     )
-    prepare(args.inputs, args.out, tokenizer, settings, args.workers)
-    print(describe_manifest(args.out))
+    print("\n".join(summary(prepare(args.inputs, args.out, tokenizer, settings, args.workers))))
     return 0
