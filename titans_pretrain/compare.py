@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -212,12 +213,12 @@ def _train(members: Sequence[Member], jobs: int) -> int:
     processes: list[subprocess.Popen[bytes]] = []
     total = sum(m.config.train.steps for m in members)
     began, at_start = time.monotonic(), sum(m.done for m in members)
-    told, stop = began, 0
+    told = began
     with contextlib.ExitStack() as stack:
         stack.callback(end, processes, 0.0)
-        stack.enter_context(forwarding(processes))
+        asked = stack.enter_context(forwarding(processes))  # requests to stop
         while waiting or running:
-            while waiting and len(running) < jobs and not stop:
+            while waiting and len(running) < jobs and not asked:
                 member = waiting.pop(0)
                 process = _start(member)
                 running[process.pid] = member, process
@@ -233,15 +234,15 @@ def _train(members: Sequence[Member], jobs: int) -> int:
                     print(f"{member.name}: diverged after {member.look()} steps")
                 elif code == EXIT_DONE:
                     print(f"{member.name}: done")
-                elif code == EXIT_SAVED:
-                    stop = stop or EXIT_SAVED
+                elif code == EXIT_SAVED or -code in asked:  # by the signal: it had not begun yet
+                    asked.append(signal.SIGTERM)
                 else:
                     end([p for p in processes if p is not process], 60.0)
                     _tell_failure(member, code)
                     return code if code > 0 else 128 - code
-            if stop and not running:
+            if asked and not running:
                 print("saved on request; the same command goes on from here")
-                return stop
+                return EXIT_SAVED
             if time.monotonic() - told >= TELL:
                 told = time.monotonic()
                 done = sum(m.look() for m in members)

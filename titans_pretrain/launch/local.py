@@ -108,18 +108,18 @@ def dies_with(parent: int) -> Callable[[], None]:
 
 
 @contextlib.contextmanager
-def forwarding(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
-    interrupts = 0
+def forwarding(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Passes requests to stop on to `processes`; gives the list of those received so far."""
+    received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupts
-        interrupts += number == signal.SIGINT
+        received.append(number)
         for process in processes:
-            _send(process, signal.SIGKILL if interrupts > 2 else number)
+            _send(process, signal.SIGKILL if received.count(signal.SIGINT) > 2 else number)
 
     before = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
