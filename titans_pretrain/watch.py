@@ -58,7 +58,7 @@ class Watch:
             return
         with observe_memory() as seen:
             yield
-        self._seen = seen
+        self._seen = seen.figures
 
     def record(
         self, at: Progressed, report: StepReport, seconds: float, waited: float

@@ -163,7 +163,7 @@ from titans_pretrain.run.metrics import Metrics
 folder = RunFolder(sys.argv[1])
 with Metrics(folder, 0, sys.argv[2] == "tensorboard") as metrics:
     if sys.argv[2] == "tensorboard":
-        metrics._append = lambda line: None  # leaves TensorBoard's files alone to refuse
+        metrics._records.append = lambda record: None  # leaves TensorBoard's files alone to refuse
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     try:
         for step in range(1, 100):

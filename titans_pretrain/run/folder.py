@@ -3,6 +3,8 @@
 config.yaml           the resolved configuration of the latest life
 lock.000007           the claim of life 7 (see lock.py)
 metrics.jsonl         one record a line
+memory.jsonl          the memories' figures, head by head
+samples.jsonl         text generated at validations
 checkpoints/  tensorboard/  logs/rank-00000.log
 """
 
@@ -22,6 +24,8 @@ class RunFolder:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
+        self.memory = self.path / "memory.jsonl"
+        self.samples = self.path / "samples.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.logs = self.path / "logs"

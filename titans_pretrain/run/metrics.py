@@ -5,7 +5,7 @@ A line of metrics.jsonl is `{"step": int, "tokens": int, "time": Unix seconds, "
 Python's NaN or Infinity.) TensorBoard shows each value by step under its own name, and those of
 training and validation by tokens too, as `by_tokens/<name>` in the run `by_tokens`: a folder of its
 own, because TensorBoard drops what a resumed run repeats by step number, and there a step is a
-token count.
+token count. Texts, pictures and the layout of its custom scalars go to TensorBoard alone.
 
 Rank 0 alone holds a `Metrics`. After each `write` a kill -9 loses nothing that was written.
 """
@@ -13,17 +13,17 @@ Rank 0 alone holds a `Metrics`. After each `write` a kill -9 loses nothing that 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titans_pretrain.run.files import atomic_write, storage_error
+from titans_pretrain.run.files import storage_error
 from titans_pretrain.run.folder import RunFolder
+from titans_pretrain.run.lines import Lines, read_lines
 
 if TYPE_CHECKING:
     import torch
@@ -32,24 +32,15 @@ if TYPE_CHECKING:
 
 BY_TOKENS = ("train/", "validation/")  # groups that are compared at equal tokens
 
+Layout = Mapping[str, Mapping[str, Sequence[Any]]]  # category -> chart -> ["Multiline", tags]
+
 _log = logging.getLogger(__name__)
 _EVENTS = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 
 
 def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics.jsonl in file order; a torn line (kill -9, full disk) is left out.
-
-    Raises OSError if the file cannot be read.
-    """
-    with Path(path).open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            record = None
-            with contextlib.suppress(ValueError):
-                record = json.loads(line)
-            if isinstance(record, dict) and {"step", "tokens", "values"} <= record.keys():
-                yield record
-            else:
-                _log.warning("%s line %d is torn: left out", path, number)
+    """The records of a metrics.jsonl in file order. Raises OSError if the file cannot be read."""
+    return read_lines(path, ("step", "tokens", "values"))
 
 
 class Metrics:
@@ -61,21 +52,53 @@ class Metrics:
     """
 
     def __init__(self, folder: RunFolder, start_step: int, tensorboard: bool) -> None:
-        self._path = folder.metrics
+        self._folder = folder.path
+        self._first = start_step + 1 if start_step else 0  # step from which this life records
         self._by_step: SummaryWriter | None = None
         self._by_tokens: SummaryWriter | None = None
+        self._records = Lines(folder.metrics, start_step)
+        if not tensorboard:
+            return
         try:
-            kept = self._keep_until(start_step)
-            self._file = self._path.open("ab", buffering=0)
-            self._size = self._path.stat().st_size
-            if tensorboard:
-                # Any token count beyond that of the last kept record belongs to a later step.
-                tokens = max((record["tokens"] for record in kept), default=-1)
-                by_tokens = folder.tensorboard / "by_tokens"
-                self._by_step = _writer(folder.tensorboard, start_step + 1 if start_step else 0)
-                self._by_tokens = _writer(by_tokens, tokens + 1)
+            # Any token count beyond that of the last kept record belongs to a later step.
+            tokens = max((record["tokens"] for record in self._records.kept), default=-1)
+            self._by_step = _writer(folder.tensorboard, self._first)
+            self._by_tokens = _writer(folder.tensorboard / "by_tokens", tokens + 1)
         except OSError as e:
             raise storage_error(e, f"opening the metrics in {folder.path}") from e
+
+    def introduce(self, layout: Layout, texts: Mapping[str, str]) -> None:
+        """Shows the custom scalars' `layout`, and Markdown `texts` by tag, from this life's first
+        step on. TensorBoard takes the last layout that it finds."""
+        if self._by_step is None:
+            return
+        from torch.utils.tensorboard.summary import custom_scalars
+
+        with self._writing(self._first):
+            # Not `add_custom_scalars`: it writes at step 0, where no later life would hide it.
+            writer: Any = self._by_step.file_writer
+            writer.add_summary(custom_scalars(layout), self._first)
+            self._add_texts(self._first, texts)
+
+    def tell(self, step: int, texts: Mapping[str, str]) -> None:
+        """Shows Markdown texts by tag at `step`, in TensorBoard alone."""
+        if self._by_step is None:
+            return
+        with self._writing(step):
+            self._add_texts(max(step, self._first), texts)
+
+    def _add_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        assert self._by_step is not None
+        for tag, text in texts.items():
+            self._by_step.add_text(tag, text, step)
+        self._by_step.flush()
+
+    @contextlib.contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise storage_error(e, f"writing metrics of step {step} to {self._folder}") from e
 
     def write(
         self,
@@ -90,11 +113,12 @@ class Metrics:
         Histograms and figures go to TensorBoard alone; figures are closed.
         """
         values = {name: float(value) for name, value in scalars.items()}
-        record = {"step": step, "tokens": tokens, "time": time.time(), "values": values}
-        try:
-            self._append(json.dumps(record).encode() + b"\n")
-            if self._by_step is None or self._by_tokens is None:
-                return
+        self._records.append(
+            {"step": step, "tokens": tokens, "time": time.time(), "values": values}
+        )
+        if self._by_step is None or self._by_tokens is None:
+            return
+        with self._writing(step):
             for name, value in values.items():
                 self._by_step.add_scalar(name, value, step)
                 if name.startswith(BY_TOKENS):
@@ -106,12 +130,11 @@ class Metrics:
                 self._by_step.add_figure(name, figure, step, close=True)
             self._by_step.flush()
             self._by_tokens.flush()
-        except OSError as e:
-            raise storage_error(e, f"writing metrics of step {step} to {self._path.parent}") from e
 
     def close(self) -> None:
         """Every record is on disk already: a disk that refuses now loses nothing."""
-        for part in (self._file, self._by_step, self._by_tokens):
+        self._records.close()
+        for part in (self._by_step, self._by_tokens):
             with contextlib.suppress(OSError):
                 if part is not None:
                     part.close()
@@ -121,30 +144,6 @@ class Metrics:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def _keep_until(self, step: int) -> list[dict[str, Any]]:
-        """Rewrites the file without records after `step`; returns those kept. Always a new file:
-        an older life that still runs keeps appending to the one it had, which nobody sees."""
-        records = list(read_records(self._path)) if self._path.exists() else []
-        kept = [r for r in records if r["step"] <= step] if step > 0 else []
-        atomic_write(self._path, "".join(json.dumps(r) + "\n" for r in kept))
-        if len(kept) < len(records):
-            _log.info(
-                "%s: %d records after step %d removed", self._path, len(records) - len(kept), step
-            )
-        return kept
-
-    def _append(self, line: bytes) -> None:
-        """Appends the whole line, or leaves the file as it was and raises OSError."""
-        left = line
-        try:
-            while left:
-                left = left[self._file.write(left) :]
-        except OSError:
-            with contextlib.suppress(OSError):
-                self._file.truncate(self._size)
-            raise
-        self._size += len(line)
 
 
 def _writer(folder: Path, purge: int) -> SummaryWriter:
