@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from titans_pretrain.config import dump_config, load_config, parse_config
+from titans_pretrain.config import dump_config, load_config, parse_config, weight_at
 from titans_pretrain.errors import ConfigError
 
 BASE = "folder: runs/x\ndata: {sources: {a: {path: d}}, sequence_length: 512}\n"
@@ -44,6 +44,24 @@ BAD = {
     "optim.schedule=wsd optim.decay_steps=2000": ("optim.decay_steps=2000", "shorten them"),
     "optim.min_lr=1": ("optim.min_lr=1.0", "lower optim.min_lr"),
     "data.sources={}": ("data.sources={}", "change data.sources"),
+    "data.sources.a.weight=-1": ("data.sources.a.weight=-1: -1", "change data.sources.a.weight"),
+    "data.sources.a.weight=.nan": ("weight=nan: nan", "change data.sources.a.weight"),
+    "data.sources.a.weight=much": ("weight='much': 'much'", "change data.sources.a.weight"),
+    "data.sources.a.weight=[]": ("data.sources.a.weight=[]", "[1000000, 0.5]"),
+    "data.sources.a.weight=[[0,1],[5]]": ("weight=[[0, 1], [5]]", "[1000000, 0.5]"),
+    "data.sources.a.weight=[[0.5,1]]": ("[[0.5, 1]]: 0.5", "change data.sources.a.weight"),
+    "data.sources.a.weight=[[9,1],[5,1]]": ("[[9, 1], [5, 1]]", "put them in order"),
+    "data.sources.a.weight=[[5,1],[5,2]]": ("[[5, 1], [5, 2]]", "each once"),
+    "data.sources.a.weight=0": ("at sample 0 every weight is 0", "a weight above 0"),
+    "data.sources.b.path=e data.sources.a.weight=[[0,1],[7,0]] data.sources.b.weight=0": (
+        "at sample 7 every weight is 0",
+        "a weight above 0",
+    ),
+    "data.sources.b.path=./d": ("data.sources.a and data.sources.b are one folder", "both weights"),
+    "data.sources.b.weight=1": ("data.sources.b.path: missing", "set data.sources.b.path"),
+    "data.sources.b/c.path=e": ("the name 'b/c'", "choose another name"),
+    "data.validation.v.path=e data.validation.w.path=e": ("are one folder, e", "leave one out"),
+    "data.sources.a.wieght=1": ("data.sources.a.wieght=1", "did you mean data.sources.a.weight?"),
     "optim.lr=.inf": ("optim.lr=inf", "change optim.lr"),
     "model.memory.rule=titan": ("model.memory.rule='titan'", "change model.memory.rule"),
     "nonsense": ("'nonsense'", "optim.lr=3e-4"),
@@ -92,6 +110,20 @@ def test_a_file_that_is_no_config(text: str, told: str, tmp_path: Path) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_weights_of_sources(path: Path) -> None:
+    """A number, also one that YAML takes for text, or points; sources are kept by name."""
+    given = ["data.sources.0.path=e", "data.sources.0.weight=[[0, 1e-3], [2, 1]]"]
+    config = load_config(path, [*given, "data.sources.a.weight=1e-3"])
+    assert list(config.data.sources) == ["0", "a"]
+    assert config.data.sources["a"].points == [(0, 0.001)]
+    assert config.data.sources["0"].points == [(0, 0.001), (2, 1.0)]
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+    points = config.data.sources["0"].points
+    assert [weight_at(points, n) for n in (0, 1, 2, 9)] == [0.001, 0.5005, 1.0, 1.0]
+    assert weight_at([(4, 2.0), (6, 0.0)], 3) == 2.0
 
 
 def test_overrides_win_and_the_dump_is_the_same_config(path: Path) -> None:

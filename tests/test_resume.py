@@ -99,7 +99,7 @@ def test_what_the_bitwise_test_crosses(data: Path) -> None:
     config = parse_config(small_run(Path("unused"), data), "test")
     stream = TrainStream(config.data, global_batch=8, micro_batch=2, align=16)
     assert len(stream.manifest.splits["train"].shards) > 2
-    assert stream.samples_per_epoch < 800  # more than one epoch, so every edge was crossed
+    assert stream.epoch_rows["books"] < 800  # more than one epoch, so every edge was crossed
     batches = stream.batches(stream.start())
     micro_batches, state = next(batches)
     assert len(micro_batches) == 4 and state["next_sample"] == 8

@@ -7,14 +7,26 @@ handed down, never fetched, never changed. Imports neither torch nor any engine.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import itertools
+import re
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from titans_pretrain.errors import ConfigError
 
@@ -132,10 +144,28 @@ class ModelConfig(Section):
         return self
 
 
-class SourceConfig(Section):
+class SetConfig(Section):
     """A prepared dataset: the folder that `titans-pretrain prepare` wrote."""
 
     path: str
+
+
+class SourceConfig(SetConfig):
+    # Share in the mix, relative to the other sources': a number, or points [sample number, weight]
+    # with straight lines between them, constant beyond the first and the last.
+    weight: float | list[tuple[int, float]] = 1.0
+
+    @property
+    def points(self) -> list[tuple[int, float]]:
+        return self.weight if isinstance(self.weight, list) else [(0, self.weight)]
+
+
+def weight_at(points: Sequence[tuple[int, float]], sample: int) -> float:
+    """The weight at a sample number."""
+    for (start, low), (stop, high) in itertools.pairwise(points):
+        if start <= sample < stop:
+            return low + (sample - start) / (stop - start) * (high - low)
+    return points[0][1] if sample < points[0][0] else points[-1][1]
 
 
 class CacheConfig(Section):
@@ -149,7 +179,9 @@ class CacheConfig(Section):
 
 
 class DataConfig(Section):
-    sources: dict[str, SourceConfig] = Field(min_length=1)  # name -> prepared folder
+    sources: dict[str, SourceConfig] = Field(min_length=1, max_length=256)
+    # Sets that validation reads; default: the validation split of each source, under its name.
+    validation: dict[str, SetConfig] = Field(default={}, max_length=256)
     sequence_length: Positive = 4096
     seed: int = 0
     workers: NonNegative = 1  # loader processes of each rank
@@ -157,17 +189,69 @@ class DataConfig(Section):
     # What stays missing, cut or damaged: stop, or leave it out and read other rows in its place.
     on_bad: Literal["stop", "quarantine"] = "stop"
     max_bad: Fraction = 0.01  # quarantine: a larger share of a source's members stops the run
-    allow_changed: bool = False  # resume although manifest, tokenizer or sequence length changed
+    allow_changed: bool = False  # resume although sources, tokenizer or sequence length changed
 
-    @field_validator("sources")
+    @field_validator("sources", "validation", mode="before")
     @classmethod
-    def _one_source(cls, sources: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
-        if len(sources) > 1:
+    def _named(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, dict):
+            return value
+        for name, entry in value.items():
+            if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", str(name)):
+                raise ValueError(
+                    f"data.{info.field_name}: the name {name!r}; names of metrics are made of it: "
+                    "letters, digits, _ . and -, 64 at most; choose another name"
+                )
+            if info.field_name == "sources" and isinstance(entry, dict) and "weight" in entry:
+                _check_weight(f"data.sources.{name}.weight", entry["weight"])
+        # The order of names in a file is no part of the mix.
+        return {name: value[name] for name in sorted(value, key=str)}
+
+    @model_validator(mode="after")
+    def _mix(self) -> DataConfig:
+        for kind, sets in (("sources", self.sources), ("validation", self.validation)):
+            folders: dict[str, str] = {}
+            for name, one in sets.items():
+                other = folders.setdefault(str(Path(one.path).resolve()), name)
+                if other != name:
+                    raise ValueError(
+                        f"data.{kind}.{other} and data.{kind}.{name} are one folder, {one.path}; "
+                        "each has a folder of its own; leave one out"
+                        + (" and give the other both weights" if kind == "sources" else "")
+                    )
+        edges = sorted({n for source in self.sources.values() for n, _ in source.points})
+        for n in edges:
+            if not any(weight_at(source.points, n) for source in self.sources.values()):
+                raise ValueError(
+                    f"data.sources: at sample {n} every weight is 0; at any time some source is "
+                    "read; give one of them a weight above 0 there"
+                )
+        return self
+
+
+def _check_weight(where: str, weight: Any) -> None:
+    """Raises ValueError (found; rule; remedy) for what is no weight."""
+    rule = "a weight is a number from 0 to 1e9, or a list of points [sample number, weight]"
+    points = weight if isinstance(weight, list) else [[0, weight]]
+    if not points or not all(isinstance(p, list | tuple) and len(p) == 2 for p in points):
+        raise ValueError(f"{where}={weight!r}; {rule}; e.g. [[0, 0.3], [1000000, 0.5]]")
+    for n, w in points:
+        # Text that is a number (YAML reads 1e-3 as text) will do; NaN compares with nothing.
+        with contextlib.suppress(ValueError):
+            w = float(w) if isinstance(w, str) else w
+        if isinstance(w, bool) or not isinstance(w, int | float) or not 0 <= w <= 1e9:
+            raise ValueError(f"{where}={weight!r}: {w!r}; {rule}; change {where}")
+        if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= 1 << 40:
             raise ValueError(
-                f"data.sources has {len(sources)} entries ({', '.join(sources)}); a run reads one "
-                "source; prepare the texts together into one folder"
+                f"{where}={weight!r}: {n!r}; sample numbers are whole, from 0 to 2^40; "
+                f"change {where}"
             )
-        return sources
+    numbers = [n for n, _ in points]
+    if sorted(set(numbers)) != numbers:
+        raise ValueError(
+            f"{where}={weight!r}; sample numbers of the points increase; put them in order, each "
+            "once (a jump is two points one sample apart)"
+        )
 
 
 class OptimConfig(Section):
@@ -217,6 +301,12 @@ class TrainConfig(Section):
         return self.ramp.start * (1 + (step - 1) * (levels - 1) // self.ramp.steps)
 
 
+class ParallelConfig(Section):
+    """How ranks divide the model; data parallelism takes what is left of the world."""
+
+    tensor: Positive = 1  # ranks that share each layer's heads and MLP columns
+
+
 class ValidationConfig(Section):
     every: NonNegative = 100  # steps; 0: never
     rows: NonNegative = 0  # rows of the validation split; 0: all of it
@@ -230,11 +320,22 @@ class CheckpointConfig(Section):
     keep_every: NonNegative = 0  # steps; keep each n-th for good
 
 
+class SampleConfig(Section):
+    """Text that the model writes at each validation."""
+
+    tokens: Annotated[int, Field(ge=0, le=1024)] = 40  # of each text; 0: none is written
+    # Default: the beginning of a document of the validation split.
+    prompts: list[str] = Field(default=[], max_length=16)
+    temperature: Annotated[float, Field(ge=0)] = 0.8  # 0: the likeliest token
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95  # draw among the likeliest, so much in all
+
+
 class LogConfig(Section):
     every: Positive = 1  # steps between metric records
     console_every: Positive = 10  # steps between console lines
     memory_every: NonNegative = 50  # steps between the memory's panels; 0: never
     tensorboard: bool = True
+    sample: SampleConfig = SampleConfig()
 
 
 class RunConfig(Section):
@@ -243,6 +344,7 @@ class RunConfig(Section):
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -385,15 +487,22 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     )
 
 
+ANY = "*"  # in a known key: any name
+
+
 def _nearest_key(loc: tuple[int | str, ...]) -> str | None:
     """The known dotted key nearest to a mistyped one: a sibling first, else anywhere."""
     everything = list(_keys(RunConfig, ()))
     wrong = tuple(str(p) for p in loc)
-    siblings = [k for k in everything if k[:-1] == wrong[:-1]]
+    siblings = [
+        k
+        for k in everything
+        if len(k) == len(wrong) and all(a in (ANY, b) for a, b in zip(k[:-1], wrong[:-1]))
+    ]
     near = difflib.get_close_matches(wrong[-1], [k[-1] for k in siblings], n=1, cutoff=0.5)
     if near:
         return ".".join((*wrong[:-1], near[0]))
-    by_leaf = {k[-1]: k for k in reversed(everything)}
+    by_leaf = {k[-1]: k for k in reversed(everything) if ANY not in k}
     near = difflib.get_close_matches(wrong[-1], list(by_leaf), n=1, cutoff=0.6)
     return ".".join(by_leaf[near[0]]) if near else None
 
@@ -408,6 +517,8 @@ def _keys(section: type[BaseModel], prefix: tuple[str, ...]) -> typing.Iterator[
             and issubclass(kind, BaseModel)
         ):
             yield from _keys(kind, (*prefix, name))
+        if typing.get_origin(kind) is dict:
+            yield from _keys(typing.get_args(kind)[1], (*prefix, name, ANY))
 
 
 def _nearest_divisor(n: int, wanted: int) -> int:

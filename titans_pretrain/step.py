@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,7 +43,8 @@ class Progressed:
     step: int  # optimizer steps done
     tokens: int  # labels trained on
     data: dict[str, Any]  # the stream's state: what the next step reads
-    validation_loss: float | None = None  # measured at this very step
+    validation_loss: float | None = None  # measured at this very step, over all sets
+    validation_by_set: dict[str, float] = field(default_factory=dict)  # likewise; name -> loss
 
 
 def build_model(

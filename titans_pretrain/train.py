@@ -17,7 +17,10 @@ import torch
 
 from titans_pretrain.config import RunConfig, dump_config
 from titans_pretrain.data.batch import Batch
-from titans_pretrain.data.stream import TrainStream, validation_batches
+from titans_pretrain.data.manifest import Manifest
+from titans_pretrain.data.sources import validation_sets
+from titans_pretrain.data.stream import TrainStream
+from titans_pretrain.data.validation import validation_batches
 from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED, ConfigError, NodeError, TitansError
 from titans_pretrain.parallel.layout import plan_layout
 from titans_pretrain.parallel.world import World, start_world
@@ -49,11 +52,14 @@ def run_training(
         leaving.callback(world.shut_down)
         layout = plan_layout(config, world.size)
         stream = world.agree(lambda: open_stream(config, world))
+        sets = world.agree(lambda: open_validation(config, stream))
         config = with_vocabulary(config, stream)
         home = take_folder(config, world, leaving)
         step = TrainStep(config, layout, world)
         at = resume(config, home.folder, world, step, stream, init_from)
-        watch = world.agree(lambda: Watch(config, home.folder, world, leaving, at.step, at.tokens))
+        watch = world.agree(
+            lambda: Watch(config, home.folder, world, leaving, at.step, at.tokens, stream.progress)
+        )
         announce(config, world, step, stream, at, home.life)
 
         last = min(config.train.steps, at.step + stop_after if stop_after else math.inf)
@@ -70,7 +76,8 @@ def run_training(
             took = time.perf_counter() - began
             at = Progressed(at.step + 1, at.tokens + report.tokens, data)
             if due(at.step, config.validation.every, config.train.steps):
-                at = replace(at, validation_loss=validate(config, world, step, stream))
+                loss, by_set = validate(config, world, step, sets)
+                at = replace(at, validation_loss=loss, validation_by_set=by_set)
             minutes = (time.monotonic() - saved_time) / 60
             timed = config.checkpoint.every_minutes and minutes >= config.checkpoint.every_minutes
             trouble = watch.record(at, report, took, waited)
@@ -125,6 +132,11 @@ def open_stream(config: RunConfig, world: World) -> TrainStream:
     )
     stream.manifest.require_tokenizer()
     return stream
+
+
+def open_validation(config: RunConfig, stream: TrainStream) -> dict[str, Manifest]:
+    """The sets to validate on, where the run validates."""
+    return validation_sets(config.data, stream.manifests) if config.validation.every else {}
 
 
 def with_vocabulary(config: RunConfig, stream: TrainStream) -> RunConfig:
@@ -267,20 +279,28 @@ def agree_to_go_on(
     return bool(stop_any), bool(timed_first)
 
 
-def validate(config: RunConfig, world: World, step: TrainStep, stream: TrainStream) -> float:
-    """Nats a label over the validation split, each label counted once."""
-    batches = validation_batches(
-        config.data,
-        micro_batch=config.train.micro_batch,
-        align=config.model.alignment,
-        rows=config.validation.rows,
-        dp_rank=world.rank,
-        dp_size=world.size,
-        vocab_size=config.model.vocab_size,
-        manifest=stream.manifest,
-    )
-    loss, _ = step.evaluate(batches)
-    return loss
+def validate(
+    config: RunConfig, world: World, step: TrainStep, sets: dict[str, Manifest]
+) -> tuple[float, dict[str, float]]:
+    """Nats a label over all validation sets, each label counted once; and of each set."""
+    by_set: dict[str, tuple[float, int]] = {}
+    for name, manifest in sets.items():
+        batches = validation_batches(
+            manifest,
+            config.data,
+            micro_batch=config.train.micro_batch,
+            align=config.model.alignment,
+            rows=config.validation.rows,
+            dp_rank=world.rank,
+            dp_size=world.size,
+            vocab_size=config.model.vocab_size,
+        )
+        by_set[name] = step.evaluate(batches)
+    losses = {name: loss for name, (loss, _) in by_set.items()}
+    if len(losses) == 1:
+        return next(iter(losses.values())), losses
+    labels = sum(count for _, count in by_set.values())
+    return sum(loss * count for loss, count in by_set.values()) / max(1, labels), losses
 
 
 def save(
@@ -344,7 +364,7 @@ def announce(
     )
     log.info(
         "%s training tokens; steps %d to %d of %s tokens (%d micro-batches on each rank)",
-        f"{stream.manifest.splits['train'].tokens:,}",
+        f"{sum(m.splits['train'].tokens for m in stream.manifests.values()):,}",
         at.step + 1,
         config.train.steps,
         f"{tokens:,}",

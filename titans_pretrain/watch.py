@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import psutil
 import torch
@@ -28,6 +29,7 @@ class Watch:
 
     Args:
         start: the step that the run goes on from.
+        progress: figures of how far the data has been read, from the stream's state.
     """
 
     def __init__(
@@ -38,8 +40,9 @@ class Watch:
         leaving: contextlib.ExitStack,
         start: int,
         tokens: int,
+        progress: Callable[[dict[str, Any]], dict[str, float]],
     ) -> None:
-        self.config, self.world = config, world
+        self.config, self.world, self._data_progress = config, world, progress
         self.checkpoint_seconds = 0.0  # spent since the last record
         self._seen: dict[str, dict[str, float]] = {}
         self._process = psutil.Process()
@@ -122,6 +125,11 @@ class Watch:
         if at.validation_loss is not None:
             values["validation/loss"] = at.validation_loss
             values["validation/perplexity"] = math.exp(min(at.validation_loss, 700.0))
+        if len(at.validation_by_set) > 1:
+            for name, loss in at.validation_by_set.items():
+                values[f"validation/{name}/loss"] = loss
+                values[f"validation/{name}/perplexity"] = math.exp(min(loss, 700.0))
+        values |= self._data_progress(at.data)
         for layer, seen in self._seen.items():
             for what, value in seen.items():
                 values[panel(what, layer)] = float(value)

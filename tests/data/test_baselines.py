@@ -15,7 +15,7 @@ from titans_pretrain import cli
 from titans_pretrain.data import baselines as module
 from titans_pretrain.data.baselines import baselines, fit_baselines
 from titans_pretrain.data.manifest import load_manifest
-from titans_pretrain.data.stream import validation_batches
+from titans_pretrain.data.validation import validation_batches
 from titans_pretrain.errors import DataError
 from titans_pretrain.run.folder import RunFolder
 from titans_pretrain.run.metrics import Metrics
@@ -99,7 +99,9 @@ def test_losses_are_those_of_plain_counting(folder, length):
 
 def test_judged_on_the_labels_that_the_validation_stream_counts(folder):
     labels = 0
-    for batch in validation_batches(data_config(folder), micro_batch=2, align=16, rows=3):
+    for batch in validation_batches(
+        load_manifest(folder), data_config(folder), micro_batch=2, align=16, rows=3
+    ):
         labels += int(batch.loss_mask.sum())
     assert fit_baselines(folder, sequence_length=64, align=16, rows=3).labels == labels > 100
 

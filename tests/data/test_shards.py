@@ -10,7 +10,8 @@ from titans_pretrain.data.inspect import describe_manifest, describe_shard
 from titans_pretrain.data.manifest import MEMBER, Split, load_manifest, write_manifest
 from titans_pretrain.data.pack import ShardWriter, padded_counts
 from titans_pretrain.data.shards import BlockReader, verify_shard
-from titans_pretrain.data.stream import TrainStream, validation_batches
+from titans_pretrain.data.stream import TrainStream
+from titans_pretrain.data.validation import validation_batches
 from titans_pretrain.errors import ConfigError, DataError
 
 
@@ -29,7 +30,7 @@ def read_an_epoch(folder, workers=0, vocab_size=None):
         vocab_size=vocab_size,
     )
     for _, state in one.batches(one.start()):
-        if state["next_sample"] >= one.samples_per_epoch:
+        if state["next_sample"] >= one.epoch_rows["corpus"]:
             return
 
 
@@ -185,7 +186,11 @@ def test_large_ids_and_one_long_document(tmp_path):
         found += row[0][row[2] >= 0].tolist()
     assert found == np.concatenate(documents).tolist()
     with pytest.raises(DataError, match="validation split is empty"):
-        next(validation_batches(data_config(tmp_path), micro_batch=1, align=8))
+        next(
+            validation_batches(
+                load_manifest(tmp_path), data_config(tmp_path), micro_batch=1, align=8
+            )
+        )
 
 
 def test_padded_counts():

@@ -14,7 +14,8 @@ from tests.data.conftest import quiet
 from tests.data.oracle import assert_row, data_config, documents_of, rows_of, write_corpus
 from titans_pretrain.data.manifest import load_manifest
 from titans_pretrain.data.prepare import Settings, prepare
-from titans_pretrain.data.stream import TrainStream, batch_hash, concatenate, validation_batches
+from titans_pretrain.data.stream import TrainStream, batch_hash, concatenate
+from titans_pretrain.data.validation import validation_batches
 from titans_pretrain.errors import ConfigError, DataError, NodeError
 
 GLOBAL, STEPS = 24, 4
@@ -113,8 +114,9 @@ def test_rows_are_those_of_plain_loops(prepared, length, align):
     one = TrainStream(
         data_config(prepared, sequence_length=length), global_batch=1, micro_batch=1, align=align
     )
-    assert one.samples_per_epoch == len(rows)
-    reader, order = one._samples.opened()
+    assert one.epoch_rows["corpus"] == len(rows)
+    opened = one._samples.opened()
+    [reader], [order] = opened.readers, opened.orders
     address = order.locate(range(len(rows)))
     first_row = [int(reader.blocks[:s].sum()) for s in range(len(reader.blocks))]
     seen = set()
@@ -140,6 +142,7 @@ def test_validation_is_the_same_for_any_layout(prepared, size, micro, rows):
         return [
             list(
                 validation_batches(
+                    load_manifest(prepared),
                     data_config(prepared),
                     micro_batch=micro,
                     align=16,

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -25,12 +25,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from titans_pretrain.config import DataConfig
 from titans_pretrain.data.batch import Batch, batch_hash, concatenate
-from titans_pretrain.data.manifest import Manifest, load_manifest
-from titans_pretrain.data.order import Order, take, validation_blocks
+from titans_pretrain.data.manifest import Manifest
+from titans_pretrain.data.mix import mix_of
+from titans_pretrain.data.order import Order, take
 from titans_pretrain.data.shards import BlockReader
+from titans_pretrain.data.sources import load_sources
 from titans_pretrain.errors import ConfigError, DataError, NodeError, TitansError
 
-__all__ = ["Batch", "TrainStream", "batch_hash", "concatenate", "validation_batches"]
+__all__ = ["Batch", "TrainStream", "batch_hash", "concatenate"]
 
 VERSION = 1
 STOP = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}  # signals that ask a run to stop
@@ -40,30 +42,73 @@ State = dict[str, Any]
 Rows = tuple[Tensor, ...]
 
 
+class _Sources:
+    """The open sources of one split: which row each sample number is, and the row itself."""
+
+    def __init__(
+        self, manifests: Sequence[Manifest], data: DataConfig, split: str, align: int, vocab: int
+    ) -> None:
+        length = data.sequence_length
+        self.readers = [BlockReader(m, split, length, align, vocab) for m in manifests]
+        self.orders = [
+            Order(reader.blocks, f"{reader.manifest.hash}:{data.seed}") for reader in self.readers
+        ]
+        self._windows: dict[int, range] = {}  # of each source, as its reader was told
+        # One source needs no mix: its samples are those of the run.
+        self.mix = mix_of(data.sources, data.seed) if len(manifests) > 1 else None
+
+    def locate(self, samples: NDArray[np.int64]) -> tuple[NDArray, NDArray, NDArray]:
+        """Source, shard and block of each sample number."""
+        source, index = np.zeros_like(samples), samples
+        if self.mix is not None:
+            source, index = self.mix.locate(samples)
+        shard, block = np.empty_like(samples), np.empty_like(samples)
+        for number, order in enumerate(self.orders):
+            here = source == number
+            if not here.any():
+                continue
+            address = order.locate(index[here])
+            shard[here], block[here] = address.shard, address.block
+            self._expect(number, index[here], address.shard)
+        return source, shard, block
+
+    def _expect(self, number: int, index: NDArray[np.int64], shards: NDArray[np.int64]) -> None:
+        """Tells a source's reader which windows its rows come from now, and which comes next."""
+        order = self.orders[number]
+        windows = range(order.window_of(int(index.min())), order.window_of(int(index.max())) + 2)
+        if windows != self._windows.get(number):
+            self._windows[number] = windows
+            near = (shard for window in windows for shard in order.shards_in(window))
+            self.readers[number].expect(list(dict.fromkeys([*shards.tolist(), *near])))
+
+    def rows(self, samples: NDArray[np.int64]) -> Rows:
+        return read_rows(self.readers, samples, *self.locate(samples))
+
+
 class _Samples(Dataset[Rows]):
     """Sample numbers -> rows. Travels to the workers as a recipe and opens its files there."""
 
-    def __init__(self, folder: str, split: str, length: int, align: int, vocab: int, seed: int):
-        self.recipe = (folder, split, length, align, vocab, seed)
-        self.manifest_hash = ""  # as the rank found it, for its workers
-        self._open: tuple[BlockReader, Order] | None = None
+    def __init__(self, data: DataConfig, split: str, align: int, vocab: int):
+        self.recipe = (data, split, align, vocab)
+        self.hashes: list[str] = []  # of the manifests as the rank found them, for its workers
+        self._open: _Sources | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": None}
 
-    def opened(self, manifest: Manifest | None = None) -> tuple[BlockReader, Order]:
+    def opened(self, manifests: Sequence[Manifest] | None = None) -> _Sources:
         if self._open is None:
-            folder, split, length, align, vocab, seed = self.recipe
-            manifest = manifest or load_manifest(folder)
-            if self.manifest_hash not in ("", manifest.hash):
-                raise DataError(
-                    f"{folder}: its manifest changed while the run was starting",
-                    "all processes of a run read the same data",
-                    "start again",
-                )
-            self.manifest_hash = manifest.hash
-            reader = BlockReader(manifest, split, length, align, vocab)
-            self._open = reader, Order(reader.blocks, f"{manifest.hash}:{seed}")
+            data, split, align, vocab = self.recipe
+            manifests = manifests or list(load_sources(data, self.hashes).values())
+            for manifest, known in zip(manifests, self.hashes):
+                if manifest.hash != known:
+                    raise DataError(
+                        f"{manifest.folder}: its manifest changed while the run was starting",
+                        "all processes of a run read the same data",
+                        "start again",
+                    )
+            self.hashes = [manifest.hash for manifest in manifests]
+            self._open = _Sources(manifests, data, split, align, vocab)
         return self._open
 
     def __getitems__(self, samples: list[int]) -> Rows | TitansError:
@@ -75,27 +120,32 @@ class _Samples(Dataset[Rows]):
             return e
 
     def rows(self, samples: NDArray[np.int64]) -> Rows:
-        reader, order = self.opened()
-        address = order.locate(samples)
-        return _read(reader, samples, address.shard, address.block)
+        return self.opened().rows(samples)
 
 
-def _read(reader: BlockReader, samples: NDArray, shards: NDArray, blocks: NDArray) -> Rows:
-    """Rows [B, T] as (tokens, labels, positions, loss_mask, samples); sample -1: all pads."""
-    shape = (len(samples), reader.sequence_length)
-    pad = reader.manifest.pad
+def read_rows(
+    readers: Sequence[BlockReader],
+    samples: NDArray[np.int64],
+    source: NDArray[np.int64],
+    shards: NDArray[np.int64],
+    blocks: NDArray[np.int64],
+) -> Rows:
+    """Rows [B, T] as (tokens, labels, positions, loss_mask, samples, source); sample -1: pads."""
+    shape = (len(samples), readers[0].sequence_length)
+    pad = readers[0].manifest.pad
     tokens = np.full(shape, pad, np.int64)
     labels = np.full(shape, pad, np.int64)
     positions = np.full(shape, -1, np.int64)
     mask = np.zeros(shape, bool)
     for i in np.flatnonzero(samples >= 0):
-        reader.read(int(shards[i]), int(blocks[i]), tokens[i], labels[i], positions[i], mask[i])
-    return tuple(torch.from_numpy(a) for a in (tokens, labels, positions, mask, samples))
+        row = (tokens[i], labels[i], positions[i], mask[i])
+        readers[source[i]].read(int(shards[i]), int(blocks[i]), *row)
+    return tuple(torch.from_numpy(a) for a in (tokens, labels, positions, mask, samples, source))
 
 
-def _batches(rows: Rows, micro_batch: int) -> list[Batch]:
-    source = torch.zeros(len(rows[-1]), dtype=torch.int64)
-    parts = [part.split(micro_batch) for part in (*rows, source)]
+def as_batches(rows: Rows, micro_batch: int) -> list[Batch]:
+    """The rows in batches of `micro_batch`."""
+    parts = [part.split(micro_batch) for part in rows]
     return [Batch(*fields) for fields in zip(*parts)]
 
 
@@ -132,26 +182,25 @@ class TrainStream:
                 f"make global_batch a multiple of {dp_size * micro_batch}",
             )
         self.data, self.align = data, align
-        self.manifest = load_manifest(_folder(data))
+        self.manifests = load_sources(data)
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rows = rows or (lambda step: global_batch)
         self.dp_rank, self.dp_size = dp_rank, dp_size
-        self._samples = _Samples(
-            _folder(data),
-            split,
-            data.sequence_length,
-            align,
-            vocab_size or self.manifest.vocab_size,
-            data.seed,
-        )
-        reader, _ = self._samples.opened(self.manifest)
-        self.samples_per_epoch = int(reader.blocks.sum())
+        self._samples = _Samples(data, split, align, vocab_size or self.manifest.vocab_size)
+        opened = self._samples.opened(list(self.manifests.values()))
+        # Rows of one epoch of each source.
+        self.epoch_rows = {name: o.total for name, o in zip(self.manifests, opened.orders)}
+
+    @property
+    def manifest(self) -> Manifest:
+        """The first source's. Its tokenizer is that of all."""
+        return next(iter(self.manifests.values()))
 
     def start(self) -> State:
         """The state before the first step."""
         return {
             "version": VERSION,
-            "manifest": self.manifest.hash,
+            **self._identity(),
             "tokenizer": self.manifest.tokenizer_hash,
             "seed": self.data.seed,
             "seq_len": self.data.sequence_length,
@@ -161,11 +210,25 @@ class TrainStream:
             "quarantine": [],
         }
 
+    def _identity(self) -> dict[str, Any]:
+        """What is read, and how it is mixed. One source is known by its content alone."""
+        if len(self.manifests) == 1:
+            return {"manifest": self.manifest.hash}
+        return {
+            "sources": {
+                name: {
+                    "manifest": manifest.hash,
+                    "weight": [list(point) for point in self.data.sources[name].points],
+                }
+                for name, manifest in self.manifests.items()
+            }
+        }
+
     def load_state(self, saved: State) -> tuple[State, list[str]]:
         """(the state to go on from, the changes accepted: words for the log).
 
-        Raises DataError where the saved state speaks of another manifest, tokenizer, seed,
-        sequence length or alignment, unless `data.allow_changed` is set.
+        Raises DataError where the saved state speaks of other sources, weights, manifests, another
+        tokenizer, seed, sequence length or alignment, unless `data.allow_changed` is set.
         """
         now = self.start()
         if saved.get("version") != VERSION:
@@ -174,11 +237,11 @@ class TrainStream:
                 f"this program resumes version {VERSION}",
                 "resume with the program that wrote the checkpoint",
             )
-        fixed = ("manifest", "tokenizer", "seed", "seq_len", "align")
+        before, after = _facts(saved), _facts(now)
         changes = [
-            f"{key}: was {_short(saved[key])}, is {_short(now[key])}"
-            for key in fixed
-            if saved[key] != now[key]
+            f"{key}: was {_short(before.get(key))}, is {_short(after.get(key))}"
+            for key in dict.fromkeys([*before, *after])
+            if before.get(key) != after.get(key)
         ]
         if changes and not self.data.allow_changed:
             raise DataError(
@@ -189,6 +252,21 @@ class TrainStream:
             )
         kept = {key: saved[key] for key in ("next_sample", "skips", "quarantine")}
         return {**now, **kept}, changes
+
+    def progress(self, state: State) -> dict[str, float]:
+        """Figures of what was read up to `state`, by source: metric -> value. Skipped samples
+        count as read."""
+        sample, mix = int(state["next_sample"]), self._samples.opened().mix
+        if mix is None:
+            return {f"data_epochs/{name}": sample / rows for name, rows in self.epoch_rows.items()}
+        figures = {}
+        counts, asked = mix.counts(sample).tolist(), mix.shares(sample).tolist()
+        for (name, rows), count, share in zip(self.epoch_rows.items(), counts, asked):
+            figures[f"data_samples/{name}"] = count
+            figures[f"data_epochs/{name}"] = count / rows
+            figures[f"data_share/{name}"] = count / max(1, sample)
+            figures[f"data_share_asked/{name}"] = share
+        return figures
 
     def skip(self, state: State, start: int, stop: int) -> State:
         """The state with the samples [start, stop) left out from now on."""
@@ -202,7 +280,7 @@ class TrainStream:
         NodeError."""
         if self.data.workers == 0:
             for mine, after in self._plan(state, step):
-                yield _batches(self._samples.rows(mine), self.micro_batch), after
+                yield as_batches(self._samples.rows(mine), self.micro_batch), after
             return
         loader = DataLoader(
             self._samples,
@@ -227,7 +305,7 @@ class TrainStream:
                 ) from e
             if isinstance(read, TitansError):
                 raise read
-            yield _batches(read, self.micro_batch), after
+            yield as_batches(read, self.micro_batch), after
 
     def _plan(self, state: State, step: int) -> Iterator[tuple[NDArray[np.int64], State]]:
         """This rank's sample numbers, step by step from `step`, and the state after each step."""
@@ -293,41 +371,20 @@ def _as_read(rows: Any) -> Any:
     return rows
 
 
-def _folder(data: DataConfig) -> str:
-    (source,) = data.sources.values()
-    return source.path
+def _facts(state: State) -> dict[str, Any]:
+    """What fixes the order of the samples: name -> value."""
+    facts = {key: state[key] for key in ("tokenizer", "seed", "seq_len", "align")}
+    if "manifest" in state:
+        return {"manifest": state["manifest"], **facts}
+    sources = {
+        f"sources.{name}.{key}": value
+        for name, source in state["sources"].items()
+        for key, value in source.items()
+    }
+    return {**sources, **facts}
 
 
 def _short(value: object) -> str:
+    if value is None:
+        return "absent"
     return f"{value[:12]}..." if isinstance(value, str) and len(value) > 16 else str(value)
-
-
-def validation_batches(
-    data: DataConfig,
-    *,
-    micro_batch: int,
-    align: int,
-    rows: int = 0,
-    dp_rank: int = 0,
-    dp_size: int = 1,
-    vocab_size: int | None = None,
-    manifest: Manifest | None = None,
-) -> Iterator[Batch]:
-    """The validation split, once: every rank yields the same number of batches.
-
-    `rows` > 0 reads so many rows, chosen by the manifest's hash alone; 0 reads all. Missing rows
-    of the last batches are pads throughout (sample -1, mask False), so that a mean weighted by
-    the mask's tokens is the same for every layout.
-    """
-    manifest = manifest or load_manifest(_folder(data))
-    reader = BlockReader(manifest, "validation", data.sequence_length, align, vocab_size)
-    shards, blocks = validation_blocks(reader.blocks, rows, manifest.hash)
-    step = dp_size * micro_batch
-    missing = -len(shards) % step
-    samples = np.concatenate([np.arange(len(shards)), np.full(missing, -1)])
-    shards, blocks = (np.pad(a, (0, missing)) for a in (shards, blocks))
-    for begin in range(dp_rank * micro_batch, len(samples), step):
-        mine = slice(begin, begin + micro_batch)
-        read = _read(reader, samples[mine], shards[mine], blocks[mine])
-        yield _batches(read, micro_batch)[0]
-    reader.close()
