@@ -27,7 +27,7 @@ def content(folder):
     }
 
 
-def killed_at(step, corpus, tokenizer, out):
+def killed_at(step, corpus, tokenizer, out, settings=SETTINGS):
     """A forked child prepares and kills itself before its step-th change of the disk.
 
     Returns False once the child gets through.
@@ -50,7 +50,7 @@ def killed_at(step, corpus, tokenizer, out):
             setattr(os, name, deadly(getattr(os, name)))
         code = 1
         try:
-            prepare([str(corpus)], out, tokenizer, SETTINGS, say=quiet)
+            prepare([str(corpus)], out, tokenizer, settings, say=quiet)
             code = 0
         finally:
             os._exit(code)

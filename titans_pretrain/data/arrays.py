@@ -19,7 +19,7 @@ from titans_pretrain.data.content import (
     value_document,
 )
 from titans_pretrain.data.unpack import unreadable
-from titans_pretrain.errors import DataError
+from titans_pretrain.errors import ConfigError, DataError
 
 READ = 1 << 18  # ids looked at at a time
 
@@ -43,6 +43,12 @@ def read_npy(file: InputFile, reading: Reading, start: int) -> Iterator[Document
             f"input {file.path}: {array.ndim}-D array of {array.dtype}",
             "a .npy file holds integers: one document (1-D), or one a row (2-D)",
             "quantise or reshape it; for documents of several lengths use JSON lines or parquet",
+        )
+    if array.ndim == 2 and reading.document_length is not None:
+        raise ConfigError(
+            f"--document-length {reading.document_length} with {file.name}, a 2-D array",
+            "1-D arrays are cut by length; the rows of a 2-D array are documents",
+            "leave it out, or flatten the array",
         )
     if array.ndim == 1:
         yield from _sequence(array, file, reading, start, separator=None)

@@ -11,7 +11,7 @@ from titans_pretrain.data.parquet import read_parquet
 from titans_pretrain.data.tars import read_tar
 from titans_pretrain.data.text import read_json_lines, read_plain, read_raw
 from titans_pretrain.data.unpack import COMPRESSIONS
-from titans_pretrain.errors import DataError
+from titans_pretrain.errors import ConfigError, DataError
 
 # (file, how to read it, place to start from) -> its documents, in ascending `offset`. A place to
 # start from is the `offset` of a document.
@@ -27,6 +27,7 @@ READERS: dict[str, dict[str, Reader]] = {  # by what the tokenizer takes
     "bytes": {".txt": read_plain, **_VALUES, ".bin": read_raw, "": read_raw},
     "integers": {".npy": read_npy, ".bin": read_bin, **_VALUES},
 }
+CUT = ("", ".txt", ".npy", ".bin")  # long files of these can be cut into documents
 UNPACKED = (".parquet", ".npy")  # never inside .gz, .xz, .zst
 
 
@@ -74,6 +75,31 @@ def find_inputs(inputs: list[str], content: str = "text") -> list[InputFile]:
             )
         seen.add(file.path)
     return found
+
+
+def check_options(files: list[InputFile], reading: Reading) -> None:
+    """Raises ConfigError for an option of `reading` that these files cannot follow."""
+    length, separator = reading.document_length, reading.separator
+    for file in files if length is not None else ():
+        if reading.content == "text" or file.kind not in CUT:
+            raise ConfigError(
+                f"--document-length {length} with {file.name} and a tokenizer of {reading.content}",
+                "raw bytes, .npy and .bin files are cut by length, for --tokenizer bytes or "
+                "integers:VOCAB; elsewhere a file, line, row or sample is a document",
+                "leave it out",
+            )
+    if separator is not None and not any(file.kind == ".bin" for file in files):
+        raise ConfigError(
+            f"--separator {separator} without a .bin file",
+            "a separator stands between the documents of .bin files",
+            "leave it out",
+        )
+    if separator is not None and not 0 <= separator < reading.ids:
+        raise ConfigError(
+            f"--separator {separator}",
+            f"it is an id of the file, in 0..{reading.ids - 1} (--tokenizer integers:VOCAB)",
+            "give the id that ends each document",
+        )
 
 
 def _rule(content: str) -> str:

@@ -108,7 +108,9 @@ def _opened(file: InputFile) -> Iterator[Any]:
 
     try:
         # A buffer: column chunks are read as they are needed, not whole.
-        with pyarrow.parquet.ParquetFile(file.path, buffer_size=BUFFER, pre_buffer=False) as source:
+        with pyarrow.parquet.ParquetFile(
+            file.path, buffer_size=BUFFER, pre_buffer=False, page_checksum_verification=True
+        ) as source:
             yield source
     except (pyarrow.ArrowException, OSError) as e:  # a broken page is an OSError, too
         raise DataError(

@@ -23,7 +23,7 @@ import numpy as np
 from titans_pretrain.data.content import InputFile, Reading
 from titans_pretrain.data.encode import Job, cut_runs, encode_run, unit_folder
 from titans_pretrain.data.files import write_atomically, writing
-from titans_pretrain.data.inputs import find_inputs
+from titans_pretrain.data.inputs import check_options, find_inputs
 from titans_pretrain.data.manifest import (
     MEMBER,
     Manifest,
@@ -76,20 +76,8 @@ class Settings:
                 raise ConfigError(f"{name} {value}", "sizes are positive", "leave it out")
 
     def reading(self, tokenizer: Tokenizer) -> Reading:
-        """How inputs become documents for this tokenizer. Raises ConfigError."""
+        """How inputs become documents for this tokenizer."""
         ids = tokenizer.ids if isinstance(tokenizer, Raw) else 0
-        for name, allowed in (
-            ("document_length", tokenizer.content != "text"),
-            ("separator", tokenizer.content == "integers"),
-        ):
-            if getattr(self, name) is not None and not allowed:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)} with a tokenizer of "
-                    f"{tokenizer.content}",
-                    "sequences are cut by length where a unit is a byte or an integer, and by a "
-                    "separator where it is an integer",
-                    "leave it out, or use --tokenizer bytes or integers:VOCAB",
-                )
         return Reading(self.text_key, tokenizer.content, ids, self.document_length, self.separator)
 
     def told(self) -> dict[str, Any]:
@@ -113,6 +101,7 @@ def prepare(
     out = Path(out)
     reading = settings.reading(tokenizer)
     files = find_inputs(inputs, tokenizer.content)
+    check_options(files, reading)
     identity = _identity(files, tokenizer, settings)
     finished = _finished(out, identity)
     if finished is not None:
