@@ -22,7 +22,9 @@ from titans_pretrain.data.pack import ShardWriter
 
 MEAN, VOCAB, LENGTH, ALIGN, ROWS = 500, 32_000, 4096, 16, 8
 TARGET = 20e6  # tokens/s a core
-SEEK = 1.0  # seconds to the first batch at sample 10^6
+SEEK = 1.0  # seconds to the first batch at sample 10^6, or at sample 10^9 of a mix
+# Of three sources: a ramp as long as the seek, one of a million samples and a constant.
+WEIGHTS: list[Any] = [[[0, 0.7], [10**9, 0.1]], [[0, 0.0], [10**6, 0.5]], 0.3]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(args.folder or temporary)
         folder.mkdir(parents=True, exist_ok=True)
         figures = measure(folder, args.tokens)
-    met = figures["stream_tokens_per_s"] >= TARGET and figures["seek_s"] < SEEK
+    seek = max(figures["seek_s"], figures["seek_mixed_s"])
+    met = figures["stream_tokens_per_s"] >= TARGET and seek < SEEK
     if args.json:
         print(json.dumps({**figures, "met": met}))
     else:
@@ -46,16 +49,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(folder: Path, tokens: int) -> dict[str, float]:
     """Writes `tokens` synthetic tokens to `folder` in both formats and reads them."""
-    if not (folder / "manifest.json").exists():
-        _write(folder, tokens)
+    three = [folder / f"source-{n}" for n in range(3)]
+    for seed, (part, amount) in enumerate([(folder, tokens), *((s, tokens // 16) for s in three)]):
+        if not (part / "manifest.json").exists():
+            part.mkdir(exist_ok=True)
+            _write(part, amount, seed)
+    mixed = {s.name: {"path": str(s), "weight": w} for s, w in zip(three, WEIGHTS)}
     packed = sorted(str(p) for p in folder.glob("train-*.tar"))
     single = str(folder / "one-document-a-member.tar")
     figures = {
         "tokens": float(tokens),
-        "stream_tokens_per_s": _rate(_stream(folder), tokens),
+        "stream_tokens_per_s": _rate(_stream(_data(folder)), tokens),
+        "mixed_tokens_per_s": _rate(_stream(_of(mixed)), tokens),
         "stock_packed_tokens_per_s": _rate(lambda: _stock(packed), tokens),
         "stock_single_tokens_per_s": _rate(lambda: _stock([single]), tokens // 8),
-        "seek_s": _seek(folder),
+        "seek_s": _seek(_data(folder), 10**6),
+        "seek_mixed_s": _seek(_of(mixed), 10**9),
     }
     figures["ratio_to_stock_single"] = (
         figures["stream_tokens_per_s"] / figures["stock_single_tokens_per_s"]
@@ -63,21 +72,21 @@ def measure(folder: Path, tokens: int) -> dict[str, float]:
     return figures
 
 
-def _documents(tokens: int) -> Iterator[np.ndarray]:
-    random = np.random.default_rng(0)
+def _documents(tokens: int, seed: int) -> Iterator[np.ndarray]:
+    random = np.random.default_rng(seed)
     while tokens > 0:
         length = 2 + int(random.exponential(MEAN - 2))
         tokens -= length
         yield random.integers(4, VOCAB, length, dtype=np.uint16)
 
 
-def _write(folder: Path, tokens: int) -> None:
+def _write(folder: Path, tokens: int, seed: int) -> None:
     import webdataset
 
     dtype = np.dtype("<u2")
     writer = ShardWriter(folder, "train", dtype, 1 << 20, 1 << 24)
     single = webdataset.TarWriter(str(folder / "one-document-a-member.tar"), encoder=False)
-    for number, document in enumerate(_documents(tokens)):
+    for number, document in enumerate(_documents(tokens, seed)):
         writer.add(document)
         if number * MEAN < tokens // 8:
             single.write({"__key__": f"{number:09d}", "tok": document.tobytes()})
@@ -97,16 +106,18 @@ def _write(folder: Path, tokens: int) -> None:
 
 
 def _data(folder: Path) -> DataConfig:
-    return DataConfig.model_validate(
-        {"sources": {"synthetic": {"path": str(folder)}}, "sequence_length": LENGTH, "workers": 0}
-    )
+    return _of({"synthetic": {"path": str(folder)}})
 
 
-def _stream(folder: Path) -> Callable[[], Iterator[int]]:
+def _of(sources: dict[str, Any]) -> DataConfig:
+    return DataConfig.model_validate({"sources": sources, "sequence_length": LENGTH, "workers": 0})
+
+
+def _stream(data: DataConfig) -> Callable[[], Iterator[int]]:
     from titans_pretrain.data.stream import TrainStream
 
     def read() -> Iterator[int]:
-        stream = TrainStream(_data(folder), global_batch=ROWS, micro_batch=ROWS, align=ALIGN)
+        stream = TrainStream(data, global_batch=ROWS, micro_batch=ROWS, align=ALIGN)
         for _ in stream.batches(stream.start()):
             yield ROWS * LENGTH
 
@@ -131,13 +142,13 @@ def _rate(read: Callable[[], Iterator[int]], tokens: int) -> float:
     return done / (time.process_time() - begun)
 
 
-def _seek(folder: Path) -> float:
-    """Seconds from nothing to the batch at sample 10^6."""
+def _seek(data: DataConfig, sample: int) -> float:
+    """Seconds from nothing to the batch at `sample`."""
     from titans_pretrain.data.stream import TrainStream
 
     begun = time.perf_counter()
-    stream = TrainStream(_data(folder), global_batch=ROWS, micro_batch=ROWS, align=ALIGN)
-    next(stream.batches({**stream.start(), "next_sample": 10**6}))
+    stream = TrainStream(data, global_batch=ROWS, micro_batch=ROWS, align=ALIGN)
+    next(stream.batches({**stream.start(), "next_sample": sample}))
     return time.perf_counter() - begun
 
 
@@ -148,11 +159,13 @@ def _words(figures: dict[str, float]) -> str:
             f"rows of {LENGTH} tokens, documents of mean {MEAN} padded to {ALIGN}:",
             f"  this stream, shuffled blocks      {rate['stream_tokens_per_s']} "
             f"(target {TARGET / 1e6:.0f})",
+            f"  three sources mixed               {rate['mixed_tokens_per_s']}",
             f"  stock WebDataset, same shards     {rate['stock_packed_tokens_per_s']} "
             "(in file order, no rows)",
             f"  stock WebDataset, one document a member "
             f"{rate['stock_single_tokens_per_s'].strip()}",
             f"  ratio to one document a member    {figures['ratio_to_stock_single']:8.1f}",
             f"  seek to sample 10^6               {figures['seek_s']:8.3f} s (target {SEEK})",
+            f"  seek to sample 10^9 of the mix    {figures['seek_mixed_s']:8.3f} s (target {SEEK})",
         ]
     )
