@@ -241,14 +241,15 @@ def _plot(args: argparse.Namespace) -> int:
         from titans_pretrain.data.baselines import fit_baselines
 
         config = load_config(RunFolder(args.folder).config)
-        [source] = config.data.sources.values()
         fitted = fit_baselines(
-            source.path,
-            sequence_length=config.data.sequence_length,
+            config.data,
             align=config.model.alignment,
             rows=config.validation.rows,
+            samples=sum(map(config.train.rows, range(1, config.train.steps + 1))),
         )
-        found = {"unigram": fitted.unigram, "bigram": fitted.bigram}
+        several = len(config.data.sources) > 1 or len(config.data.validation) > 1
+        of = " of all sources on all sets" if several else ""
+        found = {f"unigram{of}": fitted.unigram, f"bigram{of}": fitted.bigram}
     print(plot_run(args.folder, args.out or args.folder / "loss.png", found))
     return 0
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.data.made import data, made
 from tests.data.oracle import data_config
 from titans_pretrain import cli
 from titans_pretrain.data import baselines as module
@@ -89,7 +90,7 @@ def test_losses_are_those_of_plain_counting(folder, length):
         "unigram": -sum(math.log((single[b] + 1) / (total + vocabulary)) for _, b in asked),
         "bigram": -sum(math.log(p) for p in mixed),
     }
-    found = fit_baselines(folder, sequence_length=length)
+    found = fit_baselines(data_config(folder, sequence_length=length))
     assert found.labels == len(asked)
     assert found.weights == pytest.approx(weights, rel=1e-9)
     assert found.unigram == pytest.approx(expected["unigram"] / len(asked), rel=1e-12)
@@ -103,7 +104,7 @@ def test_judged_on_the_labels_that_the_validation_stream_counts(folder):
         load_manifest(folder), data_config(folder), micro_batch=2, align=16, rows=3
     ):
         labels += int(batch.loss_mask.sum())
-    assert fit_baselines(folder, sequence_length=64, align=16, rows=3).labels == labels > 100
+    assert fit_baselines(data_config(folder), align=16, rows=3).labels == labels > 100
 
 
 def test_the_limit_bounds_what_is_counted(folder):
@@ -122,6 +123,41 @@ def test_plot_draws_the_baselines_of_the_runs_data(folder, tmp_path, capsys):
     for name, loss in baselines(folder).items():
         side = "above" if loss > 3.25 else "below"
         assert f"{name} baseline: {loss:.4f} ({abs(loss - 3.25):.4f} {side} the run)" in told
+
+
+def test_several_sources_add_their_counts_and_several_sets_their_labels(tmp_path):
+    """Two sources that share no token: what one knows is no use for the other's set."""
+    ranges = {"low": (4, 6), "high": (100, 104), "mixed": (4, 200)}
+    for seed, (name, (low, high)) in enumerate(ranges.items()):
+        made(tmp_path / name, 4000, seed, low=low, high=high)
+
+    def fit(weights, sets, samples=10**6):
+        return fit_baselines(
+            data(
+                {name: (tmp_path / name, w) for name, w in weights.items()},
+                validation={name: {"path": str(tmp_path / name)} for name in sets},
+            ),
+            samples=samples,
+            limit=3000,
+        )
+
+    sets = {name: fit({"low": 1.0, "high": 1.0}, [name]) for name in ("low", "high", "mixed")}
+    assert sets["low"].bigram == pytest.approx(math.log(2), abs=0.02)
+    assert sets["high"].bigram == pytest.approx(math.log(4), abs=0.05)
+    assert sets["low"].unigram == pytest.approx(math.log(2 * 2), abs=0.1)  # half of all tokens
+    pooled = fit({"low": 1.0, "high": 1.0}, sets)
+    assert pooled.labels == sum(one.labels for one in sets.values())
+    for kind in ("unigram", "bigram"):
+        total = sum(getattr(one, kind) * one.labels for one in sets.values())
+        assert getattr(pooled, kind) == pytest.approx(total / pooled.labels, rel=1e-12)
+    default = fit({"low": 1.0, "high": 1.0}, [])
+    assert default.labels == sets["low"].labels + sets["high"].labels
+    # A share of nine tenths is read, and counted, nine times as often.
+    weighted = fit({"low": 9.0, "high": 1.0}, ["low"])
+    assert weighted.unigram == pytest.approx(math.log(2 / 0.9), abs=0.1)
+    # A source that the run never comes to is not counted.
+    late = fit({"low": 1.0, "high": [[0, 0.0], [10**7, 0.0], [10**8, 1.0]]}, ["high"])
+    assert late.bigram > math.log(190)
 
 
 def test_a_folder_that_is_not_prepared_is_a_data_error(tmp_path):

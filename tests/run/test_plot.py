@@ -56,6 +56,23 @@ def test_the_figure_holds_the_curves_and_a_line_for_each_baseline():
     ]
 
 
+def test_several_validation_sets_are_drawn_and_told(run):
+    with Metrics(run, 10, False) as metrics:
+        for step, wiki, books in ((11, 5.5, 4.0), (12, 5.0, 4.5)):
+            values = {"validation/loss": (wiki + books) / 2}
+            values |= {"validation/wiki/loss": wiki, "validation/books/loss": books}
+            metrics.write(step, step * 8, {**values, "validation/wiki/perplexity": 1.0})
+    lines = plot_run(run.path, run.path / "curve.png", {}).splitlines()
+    assert lines[1:4] == [
+        "validation loss: 4.7500 (step 12), lowest 4.7500 (step 11)",
+        "  on wiki:       5.0000 (step 12), lowest 5.0000 (step 12)",
+        "  on books:      4.5000 (step 12), lowest 4.0000 (step 11)",
+    ]
+    axes = draw([], [(2, 3.0)], {}, {"wiki": [(2, 4.0)], "books": [(2, 2.0)]}).axes[0]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels[1:] == ["validation on wiki (4.000)", "validation on books (2.000)"]
+
+
 def test_the_smoothed_curve_lags_behind_no_slope():
     line = [(step, 100.0 - step) for step in range(100)]
     smoothed = smooth(line, side=10)

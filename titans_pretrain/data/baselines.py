@@ -1,4 +1,4 @@
-"""What counting alone achieves on the validation split: a unigram and an interpolated bigram.
+"""What counting alone achieves in validation: a unigram and an interpolated bigram.
 
 A language model that has learned anything lies below both. The bigram mixes three estimates,
 
@@ -7,7 +7,8 @@ A language model that has learned anything lies below both. The bigram mixes thr
 with counts c of the train split (N in all, V pieces) and weights by expectation maximisation on
 training documents left out of a first count (Jelinek and Mercer, 1980). The unigram is
 (c(next) + 1) / (N + V). Both are judged on exactly the labels that the validation stream counts,
-each given the token before it; pads never enter.
+each given the token before it; pads never enter. Of several sources the counts are added up, of
+several validation sets the labels are pooled.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from titans_pretrain.data.manifest import Manifest, load_manifest
+from titans_pretrain.config import DataConfig, SourceConfig
+from titans_pretrain.data.manifest import Manifest
+from titans_pretrain.data.mix import mix_of
 from titans_pretrain.data.order import validation_blocks
 from titans_pretrain.data.shards import BlockReader
+from titans_pretrain.data.sources import load_sources, validation_sets
 
 HELD_IN = 20  # every 20th training document fits the weights
 STEPS = 100  # of expectation maximisation
@@ -42,39 +46,53 @@ class Baselines:
 
 
 def baselines(folder: str | Path, limit: int = LIMIT) -> dict[str, float]:
-    """{"unigram": loss, "bigram": loss}: nats a label of the whole validation split.
+    """{"unigram": loss, "bigram": loss}: nats a label of a folder's whole validation split.
 
     Reads about `limit` labels of each split at most. Raises DataError for a folder not whole.
     """
-    found = fit_baselines(folder, limit=limit)
+    found = fit_baselines(DataConfig(sources={"it": SourceConfig(path=str(folder))}), limit=limit)
     return {"unigram": found.unigram, "bigram": found.bigram}
 
 
 def fit_baselines(
-    folder: str | Path,
-    *,
-    sequence_length: int = 4096,
-    align: int = 1,
-    rows: int = 0,
-    limit: int = LIMIT,
+    data: DataConfig, *, align: int = 1, rows: int = 0, samples: int = 0, limit: int = LIMIT
 ) -> Baselines:
-    """Both baselines on the validation rows that a run of this sequence length and alignment
-    reads (`rows` of them, 0: all). Raises DataError for a folder not whole."""
-    manifest = load_manifest(folder)
-    vocab = manifest.vocab_size
-    most, held_in = _count(manifest, limit)
+    """Both baselines on the validation rows that a run over `data` with this alignment reads
+    (`rows` of each set, 0: all).
+
+    Of the `limit` training labels each source gives its share in a run of `samples` samples (0:
+    its share at the start).
+    Raises DataError for a folder not whole.
+    """
+    sources = load_sources(data)
+    vocab = next(iter(sources.values())).vocab_size
+    shares = np.ones(1)
+    if len(sources) > 1:
+        mix = mix_of(data.sources, data.seed)
+        shares = mix.counts(samples) / samples if samples else mix.shares(0)
+    most_parts: Parts = []
+    rest_parts: Parts = []
+    for manifest, share in zip(sources.values(), shares.tolist()):
+        for parts, more in zip((most_parts, rest_parts), _count(manifest, round(limit * share))):
+            parts += more
+    if not any(len(pairs) for pairs, _ in rest_parts):  # a text this short fits itself
+        rest_parts = most_parts
+    most, held_in = _merge(most_parts, vocab), _merge(rest_parts, vocab)
     weights = _fit(most.components(held_in.pairs // vocab, held_in.pairs % vocab), held_in)
     everything = _merge([(c.pairs, c.counts) for c in (most, held_in)], vocab)
     # The unigram, too, must give unseen tokens a share: add-one counts.
     unigram = (everything.after + 1) / (everything.total + vocab)
 
     nats, labels = np.zeros(2), 0
-    for before, after in _asked(manifest, sequence_length, align, rows):
-        mixed = weights @ everything.components(before, after)
-        nats -= np.log(unigram[after]).sum(), np.log(mixed).sum()
-        labels += len(after)
-        if labels >= limit:
-            break
+    for manifest in validation_sets(data, sources).values():
+        judged = 0
+        for before, after in _asked(manifest, data.sequence_length, align, rows):
+            mixed = weights @ everything.components(before, after)
+            nats -= np.log(unigram[after]).sum(), np.log(mixed).sum()
+            judged += len(after)
+            if judged >= limit:
+                break
+        labels += judged
     uni, bi = (nats / max(labels, 1)).tolist()
     w2, w1, w0 = weights.tolist()
     return Baselines(uni, bi, (w2, w1, w0), labels)
@@ -112,11 +130,14 @@ def _fit(components: Floats, held_in: _Counts) -> Floats:
     return weights / weights.sum()
 
 
-def _count(manifest: Manifest, limit: int) -> tuple[_Counts, _Counts]:
+Parts = list[tuple[Ints, Ints]]  # (pairs, counts)
+
+
+def _count(manifest: Manifest, limit: int) -> tuple[Parts, Parts]:
     """Pairs inside the training documents: (of most, of every HELD_IN-th)."""
     vocab = manifest.vocab_size
-    most: list[tuple[Ints, Ints]] = []
-    rest: list[tuple[Ints, Ints]] = []
+    most: Parts = []
+    rest: Parts = []
     documents = labels = 0
     reader = BlockReader(manifest, "train", 1, 1)
     few = reader.split.documents < HELD_IN
@@ -134,12 +155,10 @@ def _count(manifest: Manifest, limit: int) -> tuple[_Counts, _Counts]:
         if labels >= limit:
             break
     reader.close()
-    if not any(len(pairs) for pairs, _ in rest):  # a text this short fits itself
-        rest = most
-    return _merge(most, vocab), _merge(rest, vocab)
+    return most, rest
 
 
-def _merge(parts: list[tuple[Ints, Ints]], vocab: int) -> _Counts:
+def _merge(parts: Parts, vocab: int) -> _Counts:
     pairs, place = np.unique(np.concatenate([p for p, _ in parts]), return_inverse=True)
     counts = np.bincount(place, np.concatenate([c for _, c in parts]), len(pairs))
     return _Counts(pairs, counts.astype(np.int64), vocab)

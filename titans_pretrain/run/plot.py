@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TRAINING, VALIDATION = "train/loss", "validation/loss"
+
+ONE_SET = re.compile(r"validation/(.+)/loss")
 
 Curve = list[tuple[int, float]]
 
@@ -46,7 +49,11 @@ def plot_run(folder: Path, out: Path, baselines: Mapping[str, float]) -> str:
             "a loss curve needs a recorded loss",
             "train at least log.every steps",
         )
-    figure = draw(training, validation, baselines, title=folder.name)
+    names = dict.fromkeys(name for record in records for name in record["values"])
+    sets = {
+        match[1]: curve(records, match[0]) for name in names if (match := ONE_SET.fullmatch(name))
+    }
+    figure = draw(training, validation, baselines, sets, title=folder.name)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
     try:
@@ -58,7 +65,7 @@ def plot_run(folder: Path, out: Path, baselines: Mapping[str, float]) -> str:
             "the picture is written into a folder that exists, may be written and has room",
             "give another place with --out",
         ) from e
-    return "\n".join([*summary(training, validation, baselines), f"curve: {out}"])
+    return "\n".join([*summary(training, validation, baselines, sets), f"curve: {out}"])
 
 
 def curve(records: Sequence[Mapping[str, Any]], name: str) -> Curve:
@@ -82,9 +89,14 @@ def smooth(values: Curve, side: int | None = None) -> Curve:
 
 
 def draw(
-    training: Curve, validation: Curve, baselines: Mapping[str, float], title: str = ""
+    training: Curve,
+    validation: Curve,
+    baselines: Mapping[str, float],
+    sets: Mapping[str, Curve] | None = None,
+    title: str = "",
 ) -> Figure:
-    """The figure: training loss (faint, and smoothed), validation loss, baselines as lines."""
+    """The figure: training loss (faint, and smoothed), validation loss, baselines as lines; where
+    there are several validation sets, the loss on each."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
@@ -100,6 +112,9 @@ def draw(
     if validation:
         label = f"validation ({validation[-1][1]:.3f})"
         axes.plot(*zip(*validation), color="tab:orange", marker="o", ms=4, label=label)
+    for name, points in (sets or {}).items():
+        label = f"validation on {name} ({points[-1][1]:.3f})"
+        axes.plot(*zip(*points), marker=".", ms=4, linewidth=0.9, label=label)
     for number, (name, loss) in enumerate(sorted(baselines.items(), key=lambda b: -b[1])):
         style = ("dashed", "dotted", "dashdot")[number % 3]
         label = f"{name} baseline ({loss:.3f})"
@@ -125,18 +140,24 @@ def _log(perplexity: Any) -> Any:
     return np.log(np.maximum(perplexity, 1e-300))
 
 
-def summary(training: Curve, validation: Curve, baselines: Mapping[str, float]) -> list[str]:
+def summary(
+    training: Curve,
+    validation: Curve,
+    baselines: Mapping[str, float],
+    sets: Mapping[str, Curve] | None = None,
+) -> list[str]:
     """The figures in words, one line each."""
     lines = []
     if training:
         (first, at), (last, end) = training[0], smooth(training)[-1]
         lines.append(f"training loss:   {at:.4f} (step {first}) -> {end:.4f} (step {last}, smooth)")
-    if validation:
-        best_step, best = min(validation, key=lambda point: point[1])
-        last, end = validation[-1]
-        lines.append(
-            f"validation loss: {end:.4f} (step {last}), lowest {best:.4f} (step {best_step})"
-        )
+    for name, points in {"": validation, **(sets or {})}.items():
+        if points:
+            (last, end), (best_step, best) = points[-1], min(points, key=lambda point: point[1])
+            what = f"  on {name}:" if name else "validation loss:"
+            lines.append(
+                f"{what:<16} {end:.4f} (step {last}), lowest {best:.4f} (step {best_step})"
+            )
     for name, loss in sorted(baselines.items(), key=lambda b: -b[1]):
         line = f"{name + ' baseline:':<16} {loss:.4f}"
         if validation:
