@@ -65,7 +65,7 @@ def small_run(folder: Path, data: Path, **changes: Any) -> dict[str, Any]:
         },
         "validation": {"every": 50, "rows": 8},
         "checkpoint": {"every_steps": 0},
-        "log": {"memory_every": 0, "tensorboard": False},
+        "log": {"memory_every": 0, "tensorboard": False, "sample": {"tokens": 0}},
     }
     for path, value in changes.items():
         *sections, leaf = path.split("__")

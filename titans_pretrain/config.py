@@ -323,7 +323,7 @@ class CheckpointConfig(Section):
 class SampleConfig(Section):
     """Text that the model writes at each validation."""
 
-    tokens: Annotated[int, Field(ge=0, le=1024)] = 40  # of each text; 0: none is written
+    tokens: Annotated[int, Field(ge=0, le=1024)] = 32  # of each text; 0: none is written
     # Default: the beginning of a document of the validation split.
     prompts: list[str] = Field(default=[], max_length=16)
     temperature: Annotated[float, Field(ge=0)] = 0.8  # 0: the likeliest token

@@ -21,12 +21,14 @@ from titans_pretrain.data.manifest import Manifest
 from titans_pretrain.data.sources import validation_sets
 from titans_pretrain.data.stream import TrainStream
 from titans_pretrain.data.validation import validation_batches
+from titans_pretrain.describe import describe_run
 from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED, ConfigError, NodeError, TitansError
 from titans_pretrain.parallel.layout import plan_layout
 from titans_pretrain.parallel.world import World, start_world
 from titans_pretrain.run import checkpoint
 from titans_pretrain.run.console import open_log
 from titans_pretrain.run.folder import RunFolder
+from titans_pretrain.run.lock import newest_claim
 from titans_pretrain.run.signals import stop_request
 from titans_pretrain.step import Progressed, TrainStep
 from titans_pretrain.watch import Watch
@@ -57,10 +59,9 @@ def run_training(
         home = take_folder(config, world, leaving)
         step = TrainStep(config, layout, world)
         at = resume(config, home.folder, world, step, stream, init_from)
-        watch = world.agree(
-            lambda: Watch(config, home.folder, world, leaving, at.step, at.tokens, stream.progress)
-        )
-        announce(config, world, step, stream, at, home.life)
+        where = (at.step, at.tokens, stream.progress)
+        watch = world.agree(lambda: Watch(config, home.folder, world, leaving, sets, *where))
+        announce(config, world, step, stream, at, home, watch, init_from)
 
         last = min(config.train.steps, at.step + stop_after if stop_after else math.inf)
         saved_time = time.monotonic()
@@ -80,7 +81,7 @@ def run_training(
                 at = replace(at, validation_loss=loss, validation_by_set=by_set)
             minutes = (time.monotonic() - saved_time) / 60
             timed = config.checkpoint.every_minutes and minutes >= config.checkpoint.every_minutes
-            trouble = watch.record(at, report, took, waited)
+            trouble = watch.record(at, report, took, waited, step.model)
             stopping, timed = agree_to_go_on(world, trouble, stop.requested, bool(timed))
             leave = stopping or at.step >= last
             if leave or timed or due(at.step, config.checkpoint.every_steps, 0):
@@ -89,6 +90,7 @@ def run_training(
         if at.step < config.train.steps:
             reason = stop.reason or ("another rank's request" if stopping else "--stop-after")
             log.info("saved at step %d on request (%s); to be continued", at.step, reason)
+            world.agree(lambda: watch.stopping(at.step, reason))
             return EXIT_SAVED
         log.info("done: %d steps, %s tokens", at.step, f"{at.tokens:,}")
         return EXIT_DONE
@@ -159,6 +161,7 @@ class Home:
 
     folder: RunFolder
     life: int
+    former: str  # how the life before this one ended
     require_mine: Callable[[], None]  # raises, on rank 0, if a newer life holds the folder
 
 
@@ -167,17 +170,21 @@ def take_folder(config: RunConfig, world: World, leaving: contextlib.ExitStack) 
     folder = RunFolder(config.folder)
     require_mine: Callable[[], None] = _nothing
 
-    def take() -> int:
+    def take() -> tuple[int, str]:
         nonlocal require_mine
+        former = ""
+        if claim := newest_claim(folder.path):
+            end = "ended in order" if claim.released else "was killed or lost its node"
+            former = f"life {claim.life} on {claim.host} {end}"
         lock = leaving.enter_context(folder.take())
         require_mine = lock.require_mine
         folder.write_config(dump_config(config))
         checkpoint.clean(folder.checkpoints)
-        return lock.life
+        return lock.life, former
 
-    life = world.only_first(take)
+    life, former = world.only_first(take)
     world.agree(lambda: open_log(folder, world.rank) and None)
-    return Home(folder, life, require_mine)
+    return Home(folder, life, former, require_mine)
 
 
 def _nothing() -> None:
@@ -336,7 +343,7 @@ def save(
     if world.rank == 0:
         checkpoint.prune(home.folder.checkpoints, config.checkpoint, at.step)
     seconds = time.perf_counter() - began
-    watch.checkpoint_seconds += seconds
+    world.agree(lambda: watch.saved(at.step, path, seconds))
     log.info("checkpoint %s in %.1f s", path, seconds)
 
 
@@ -346,15 +353,17 @@ def announce(
     step: TrainStep,
     stream: TrainStream,
     at: Progressed,
-    life: int,
+    home: Home,
+    watch: Watch,
+    init_from: str | None,
 ) -> None:
-    """Says in a few lines what is about to run."""
+    """Says in a few lines what is about to run, and in TensorBoard's texts at length."""
     parameters = sum(p.numel() for p in step.model.parameters())
     tokens = config.train.global_batch * config.data.sequence_length
     log.info(
         "%s, life %d: %s, %s parameters, %d ranks on %s, %d threads each, %s",
         config.folder,
-        life,
+        home.life,
         config.model.variant,
         f"{parameters:,}",
         world.size,
@@ -370,6 +379,10 @@ def announce(
         f"{tokens:,}",
         step.layout.micro_batches,
     )
+    source = checkpoint.folder_of(home.folder.checkpoints, at.step) if at.step else init_from
+    how = f"life {home.life} from {f'`{source}`' if source else 'scratch'}. {home.former}"
+    texts = describe_run(config, step.model, world, stream.manifests, versions())
+    world.agree(lambda: watch.begin(texts, how))
     ramp = config.train.ramp
     if ramp is not None and at.step < ramp.steps:
         log.info("fewer tokens at first: %d rows, growing over %d steps", ramp.start, ramp.steps)

@@ -1,23 +1,31 @@
-"""What a run reports while it trains: metrics, the console line, the memory's panels."""
+"""What a run reports while it trains: metrics, the console line, the memory's panels, samples."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
 from titans_pretrain.config import RunConfig
+from titans_pretrain.data.manifest import Manifest
 from titans_pretrain.errors import NodeError
-from titans_pretrain.memory.observe import observe_memory
+from titans_pretrain.evaluate.samples import Sample, Sampler
+from titans_pretrain.memory.observe import Observation, observe_memory
 from titans_pretrain.model.counts import flops_per_token
+from titans_pretrain.model.titans import TitansLM
 from titans_pretrain.parallel.world import World
+from titans_pretrain.run import board, panels
 from titans_pretrain.run.console import Progress
 from titans_pretrain.run.folder import RunFolder
+from titans_pretrain.run.lines import Lines
 from titans_pretrain.run.metrics import Metrics
 from titans_pretrain.step import Progressed, StepReport
 
@@ -28,6 +36,7 @@ class Watch:
     """Rank 0's records of a run; on the other ranks it only keeps time.
 
     Args:
+        sets: the validation sets; samples begin as a document of the first does.
         start: the step that the run goes on from.
         progress: figures of how far the data has been read, from the stream's state.
     """
@@ -38,19 +47,50 @@ class Watch:
         folder: RunFolder,
         world: World,
         leaving: contextlib.ExitStack,
+        sets: Mapping[str, Manifest],
         start: int,
         tokens: int,
         progress: Callable[[dict[str, Any]], dict[str, float]],
     ) -> None:
         self.config, self.world, self._data_progress = config, world, progress
         self.checkpoint_seconds = 0.0  # spent since the last record
-        self._seen: dict[str, dict[str, float]] = {}
+        self._spent = 0.0  # seconds of watching since the last record
+        self._recorded = start  # the last step with a record
+        self._seen: Observation | None = None
+        self._sampler: Sampler | None = None
         self._process = psutil.Process()
         self._flops = 3 * sum(flops_per_token(config.model, config.data.sequence_length).values())
         self._metrics: Metrics | None = None
         if world.rank == 0:
-            self._metrics = leaving.enter_context(Metrics(folder, start, config.log.tensorboard))
+            tensorboard = config.log.tensorboard
+            self._metrics = leaving.enter_context(Metrics(folder, start, tensorboard))
+            self._memory = panels.MemoryRecords(folder, start)
+            self._samples = Lines(folder.samples, start)
+            for file in (self._memory, self._samples):
+                leaving.callback(file.close)
             self._progress = Progress(config.train.steps, start, tokens)
+            if sets and config.log.sample.tokens:
+                manifest = next(iter(sets.values()))
+                self._sampler = Sampler(config.log.sample, manifest, config.train.seed)
+
+    def begin(self, texts: Mapping[str, str], how: str) -> None:
+        """Introduces this life in TensorBoard: layout, descriptions, `how` it came to begin."""
+        if self._metrics is not None:
+            texts = {**texts, "events/start": how}
+            self._metrics.introduce(board.layout(self.config), texts)
+
+    def saved(self, step: int, path: Path, seconds: float) -> None:
+        """A checkpoint has been written."""
+        self.checkpoint_seconds += seconds
+        self._event(step, "events/checkpoint", f"`{path}` in {seconds:.1f} s")
+
+    def stopping(self, step: int, reason: str) -> None:
+        """The run leaves before its end."""
+        self._event(step, "events/stop", f"saved at step {step:,} on request: {reason}")
+
+    def _event(self, step: int, tag: str, text: str) -> None:
+        if self._metrics is not None:
+            self._metrics.tell(step, {tag: text})
 
     @contextlib.contextmanager
     def memory(self, step: int) -> Iterator[None]:
@@ -61,22 +101,34 @@ class Watch:
             return
         with observe_memory() as seen:
             yield
-        self._seen = seen.figures
+        self._seen = seen if seen.figures else None
+        self._spent += seen.seconds
 
     def record(
-        self, at: Progressed, report: StepReport, seconds: float, waited: float
+        self,
+        at: Progressed,
+        report: StepReport,
+        seconds: float,
+        waited: float,
+        model: TitansLM,
     ) -> NodeError | None:
-        """Writes the step's record. A disk that refuses is returned, for all ranks to agree on.
+        """Writes the step's record, and samples of `model` where it has been validated. A disk that
+        refuses is returned, for all ranks to agree on.
 
         Args:
             seconds: wall time of the step; waited: the part of it spent waiting for data.
         """
         if self._metrics is None:
             return None
+        began = time.perf_counter()
         try:
             self._write(self._metrics, at, report, seconds, waited)
+            if at.validation_loss is not None and self._sampler is not None:
+                self._sample(self._metrics, self._sampler, at, model)
         except NodeError as e:
             return e
+        finally:
+            self._spent += time.perf_counter() - began
         return None
 
     def _write(
@@ -84,10 +136,11 @@ class Watch:
     ) -> None:
         log, step = self.config.log, at.step
         last = step == self.config.train.steps
-        if step % log.every == 0 or last or at.validation_loss is not None:
+        if step % log.every == 0 or last or at.validation_loss is not None or self._seen:
             values = self._values(at, report, seconds, waited)
-            metrics.write(step, at.tokens, values)
-            self.checkpoint_seconds, self._seen = 0.0, {}
+            self.checkpoint_seconds, self._spent, self._recorded = 0.0, 0.0, step
+            metrics.write(step, at.tokens, values, images=self._pictures(at))
+            self._seen = None
         if at.validation_loss is not None:
             ppl = math.exp(min(at.validation_loss, 700.0))
             logger.info("validation at step %d: loss %.4f, ppl %.2f", step, at.validation_loss, ppl)
@@ -111,6 +164,8 @@ class Watch:
             "time/forward_backward_s": report.seconds["forward_backward"],
             "time/optimizer_s": report.seconds["optimizer"],
             "time/checkpoint_s": self.checkpoint_seconds,
+            # All that this class has done since the last record, and the memories' observation.
+            "time/watch_s": self._spent / max(1, at.step - self._recorded),
             "machine/resident_gib": self._process.memory_info().rss / 2**30,
         }
         if self.config.train.z_loss:
@@ -130,10 +185,26 @@ class Watch:
                 values[f"validation/{name}/loss"] = loss
                 values[f"validation/{name}/perplexity"] = math.exp(min(loss, 700.0))
         values |= self._data_progress(at.data)
-        for layer, seen in self._seen.items():
-            for what, value in seen.items():
-                values[panel(what, layer)] = float(value)
+        if self._seen is not None:
+            for layer, figures in self._seen.figures.items():
+                for what, value in figures.items():
+                    values[panel(what, layer)] = float(value)
+            for what, count in panels.health(self._seen.heads).items():
+                values[f"memory_health/{what}"] = count
         return values
+
+    def _pictures(self, at: Progressed) -> Mapping[str, panels.Picture]:
+        """The memories' pictures, where they have been looked at; and their record."""
+        if self._seen is None:
+            return {}
+        self._memory.append(at.step, at.tokens, self._seen.heads)
+        return panels.draw(self._memory.last) if self.config.log.tensorboard else {}
+
+    def _sample(self, metrics: Metrics, sampler: Sampler, at: Progressed, model: TitansLM) -> None:
+        samples = sampler(model, at.step)
+        told = [{"prompt": s.prompt, "text": s.text} for s in samples]
+        self._samples.append({"step": at.step, "tokens": at.tokens, "samples": told})
+        metrics.tell(at.step, {"samples": as_markdown(samples)})
 
 
 def panel(what: str, layer: str) -> str:
@@ -141,3 +212,13 @@ def panel(what: str, layer: str) -> str:
     memory_theta/blocks.3.p90. TensorBoard so shows one group a figure, layer after layer."""
     figure, _, part = what.replace("surprise_untrained", "surprise/untrained").partition("/")
     return f"memory_{figure}/{layer.removesuffix('.mixer.memory')}{part and '.' + part}"
+
+
+def as_markdown(samples: Sequence[Sample]) -> str:
+    """Each prompt in bold, and behind it what the model wrote."""
+    return "\n\n---\n\n".join(f"**{plain(s.prompt.strip())}** {plain(s.text)}" for s in samples)
+
+
+def plain(text: str) -> str:
+    """Text that Markdown shows as it stands, with its line breaks."""
+    return re.sub(r"([^\w\s])", r"\\\1", text).replace("\n", "  \n")

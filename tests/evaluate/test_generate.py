@@ -39,6 +39,8 @@ def test_a_text_ends_at_its_end_and_the_others_go_on() -> None:
     assert generate(model, PROMPTS, 20, temperature=0, end=end) == expected
     assert generate(model, PROMPTS, 20, temperature=0, seconds=0) == [t[:1] for t in whole]
     assert generate(model, PROMPTS, 0, temperature=0) == [[], [], []]
+    few = generate(model, PROMPTS, 20, temperature=0, vocabulary=max(map(max, whole)))
+    assert max(map(max, few)) < max(map(max, whole)) and few != whole
 
 
 def test_draws_come_from_the_given_generator_alone_and_the_mode_is_kept() -> None:

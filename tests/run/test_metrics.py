@@ -1,13 +1,16 @@
 """One continuous curve over resumes, in metrics.jsonl and as TensorBoard reads it."""
 
+import io
 import json
 import math
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from titans_pretrain.errors import NodeError
@@ -127,19 +130,19 @@ def test_without_tensorboard_no_event_is_written_and_the_lines_are_the_same(tmp_
     assert not folder.tensorboard.exists()
 
 
-def test_histograms_and_figures_reach_tensorboard(tmp_path):
-    from matplotlib.figure import Figure
-
+def test_histograms_and_images_reach_tensorboard(tmp_path):
     folder = RunFolder(tmp_path)
-    figure = Figure(figsize=(1, 1))
-    figure.subplots().plot([1, 2])
+    image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
     with Metrics(folder, 0, True) as metrics:
-        metrics.write(2, 8, {"a": math.nan}, {"gate": torch.tensor([1.0, 3.0])}, {"fig": figure})
+        metrics.write(2, 8, {"a": math.nan}, {"gate": torch.tensor([1.0, 3.0])}, {"map": image})
     events = EventAccumulator(str(folder.tensorboard))
     events.Reload()
     value = events.Histograms("gate")[0]
     assert (value.step, value.histogram_value.num, value.histogram_value.sum) == (2, 2.0, 4.0)
-    assert events.Images("fig")[0].step == 2
+    shown = events.Images("map")[0]
+    assert shown.step == 2
+    png = Image.open(io.BytesIO(shown.encoded_image_string))
+    assert np.array_equal(np.asarray(png), image)
     assert math.isnan(next(read_records(folder.metrics))["values"]["a"])
 
 

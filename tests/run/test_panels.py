@@ -44,36 +44,66 @@ def test_health_counts_over_layers():
     assert health(heads) == {"dead_heads": 4.0, "diverging_heads": 1.0}
 
 
-def test_pictures_hold_the_values_by_block_and_head():
+GREY, GREEN, RED, BLACK = (158, 158, 158), (102, 187, 106), (229, 57, 53), (0, 0, 0)
+
+
+def cells(picture, rows, columns):
+    """The colour in the middle of each cell of a picture's map."""
+    height = picture.shape[0] - panels.TOP - panels.BOTTOM
+    width = picture.shape[1] - panels.LEFT - panels.RIGHT
+    return [
+        [
+            tuple(
+                picture[
+                    panels.TOP + int(height * (i + 0.5) / rows),
+                    panels.LEFT + int(width * (j + 0.5) / columns),
+                ].tolist()
+            )
+            for j in range(columns)
+        ]
+        for i in range(rows)
+    ]
+
+
+def test_pictures_show_blocks_heads_and_recordings_in_their_places():
     heads = {LAYER(0): figures(), LAYER(1): figures(gain=[0.0, 0.2, -0.3], radius=[0.1, 0.2, 1.5])}
     pictures = draw([record(50, {**heads, LAYER(1): figures()}), record(100, heads)])
-    assert list(pictures) == ["memory/heads", "memory/history"]
-    shown = {a.get_title(): a for a in pictures["memory/heads"].axes if a.get_title()}
-    assert shown["condition"].images[0].get_array().tolist() == [[1, 1, 1], [0, 1, 2]]
-    titles = {panel.figure: panel.title for panel in panels.PANELS}
-    gain, radius = shown[titles["gain"]].images[0], shown[titles["radius"]].images[0]
-    assert gain.get_array().tolist() == [[0.3, 0.4, 0.5], [0.0, 0.2, -0.3]]
-    assert gain.get_clim() == (-0.5, 0.5)
-    assert radius.get_clim() == (0, 1)
-    red = (229 / 255, 57 / 255, 53 / 255)
-    assert radius.to_rgba(radius.get_array())[1, 2, :3] == pytest.approx(red)
-    past = {a.get_title(): a for a in pictures["memory/history"].axes if a.get_title()}
-    rows = past[titles["gain"]].images[0].get_array()
-    assert rows.tolist() == [[0.3, 0.3], [0.4, 0.4], [0.5, 0.5], [0.3, 0], [0.4, 0.2], [0.5, -0.3]]
+    assert sorted(pictures) == sorted(
+        ["memory/condition_heads", "memory/condition_history"]
+        + [f"memory_heads/{name}" for name in FIGURES]
+        + [f"memory_history/{name}" for name in ("gain", "theta", "alpha", "drift")]
+    )
+    shown = cells(pictures["memory/condition_heads"], 2, 3)
+    assert shown == [[GREEN] * 3, [GREY, GREEN, RED]]
+    shown = cells(pictures["memory/condition_history"], 6, 2)
+    assert shown == [[GREEN, GREEN]] * 3 + [[GREEN, GREY], [GREEN, GREEN], [GREEN, RED]]
+    shown = cells(pictures["memory_heads/radius"], 2, 3)
+    assert shown[1][2] == RED and len({*shown[0], *shown[1]}) == 6
+    shown = cells(pictures["memory_heads/gain"], 2, 3)
+    assert shown[0][2] == (5, 48, 97) and shown[1][0] == (247, 247, 247)
+    assert shown[1][1][2] > shown[1][1][0] and shown[1][2][0] > shown[1][2][2]  # blue; red
+
+
+@pytest.mark.parametrize(
+    ("values", "ends"),
+    [([0.5, 2.0], (0, 2)), ([0.0, 0.0], (0, 1e-12)), ([math.nan, math.inf], (0, 1e-12))],
+)
+def test_colours_go_from_nothing_to_the_largest(values, ends):
+    panel, array = panels.Panel("drift", "drift"), np.array([values])
+    assert panels.limits(panel, array) == ends
+    colours = panels.shades(panel, array)[0].tolist()
+    expected = {0.5: (59, 82, 139), 2.0: (253, 231, 37), 0.0: (68, 1, 84)}
+    assert [tuple(c) for c in colours] == [expected.get(v, BLACK) for v in values]
 
 
 @pytest.mark.parametrize(("layers", "heads", "recordings"), [(1, 1, 1), (4, 4, 2), (24, 16, 120)])
 def test_nothing_is_cut_off(layers, heads, recordings):
-    values = np.linspace(1e-6, 12345.678, heads).tolist()
-    one = {LAYER(i): dict.fromkeys((*FIGURES, "surprise_untrained"), values) for i in range(layers)}
-    pictures = draw([record(1_000_000 + i, one) for i in range(recordings)])
-    for name, picture in pictures.items():
-        picture.canvas.draw()
-        inside = picture.bbox
-        for axes in picture.axes:
-            box = axes.get_tightbbox(picture.canvas.get_renderer())
-            assert inside.x0 <= box.x0 and box.x1 <= inside.x1, (name, axes.get_title())
-            assert inside.y0 <= box.y0 and box.y1 <= inside.y1, (name, axes.get_title())
+    wide = np.linspace(1e-6, 12345.678, heads).tolist()
+    one = {LAYER(i): dict.fromkeys((*FIGURES, "surprise_untrained"), wide) for i in range(layers)}
+    for name, picture in draw([record(1_000_000 + i, one) for i in range(recordings)]).items():
+        assert picture.shape[1] == panels.WIDTH
+        edges = (picture[0], picture[-1], picture[:, 0], picture[:, -1])
+        assert all((edge == 255).all() for edge in edges), name
 
 
 def test_records_go_on_where_the_run_does(tmp_path):

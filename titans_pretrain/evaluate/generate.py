@@ -25,6 +25,7 @@ def generate(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
     end: int | None = None,
+    vocabulary: int | None = None,
     seconds: float = float("inf"),
 ) -> list[list[int]]:
     """What follows each of `prompts` (token ids, at least one each): at most `tokens` ids.
@@ -34,6 +35,7 @@ def generate(
         top_p: draw among the likeliest tokens that together have this probability.
         generator: of random numbers, on the CPU; required where temperature is above 0.
         end: the id at which a text ends; it is not part of what is returned.
+        vocabulary: only ids below it (a model may have rows that its tokenizer does not).
         seconds: stop early once so much time has passed.
     Leaves the model in the mode it was in, and draws nothing from global random numbers.
     """
@@ -56,7 +58,8 @@ def generate(
         )
         open_rows = torch.ones(len(prompts), dtype=torch.bool)
         for count in range(tokens):
-            chosen = choose(last[:, 0].float().cpu(), temperature, top_p, generator)  # [B]
+            scores = last[:, 0, :vocabulary].float().cpu()
+            chosen = choose(scores, temperature, top_p, generator)  # [B]
             if end is not None:
                 open_rows &= chosen != end
             for row in open_rows.nonzero()[:, 0].tolist():

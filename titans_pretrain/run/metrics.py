@@ -26,8 +26,9 @@ from titans_pretrain.run.folder import RunFolder
 from titans_pretrain.run.lines import Lines, read_lines
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
-    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
     from torch.utils.tensorboard import SummaryWriter
 
 BY_TOKENS = ("train/", "validation/")  # groups that are compared at equal tokens
@@ -76,8 +77,7 @@ class Metrics:
 
         with self._writing(self._first):
             # Not `add_custom_scalars`: it writes at step 0, where no later life would hide it.
-            writer: Any = self._by_step.file_writer
-            writer.add_summary(custom_scalars(layout), self._first)
+            self._add_summary(custom_scalars(layout), self._first)
             self._add_texts(self._first, texts)
 
     def tell(self, step: int, texts: Mapping[str, str]) -> None:
@@ -88,10 +88,19 @@ class Metrics:
             self._add_texts(max(step, self._first), texts)
 
     def _add_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        from torch.utils.tensorboard.summary import text as as_summary
+
         assert self._by_step is not None
         for tag, text in texts.items():
-            self._by_step.add_text(tag, text, step)
+            summary = as_summary(tag, text)
+            summary.value[0].tag = tag  # without the "/text_summary" that torch puts behind it
+            self._add_summary(summary, step)
         self._by_step.flush()
+
+    def _add_summary(self, summary: Any, step: int) -> None:
+        assert self._by_step is not None
+        writer: Any = self._by_step.file_writer
+        writer.add_summary(summary, step)
 
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[None]:
@@ -106,11 +115,11 @@ class Metrics:
         tokens: int,
         scalars: Mapping[str, float],
         histograms: Mapping[str, torch.Tensor] | None = None,
-        figures: Mapping[str, Figure] | None = None,
+        images: Mapping[str, NDArray[np.uint8]] | None = None,
     ) -> None:
         """Records `scalars` (e.g. "train/loss") at `step`, after `tokens` training tokens.
 
-        Histograms and figures go to TensorBoard alone; figures are closed.
+        Histograms and images ([rows, columns, 3]) go to TensorBoard alone.
         """
         values = {name: float(value) for name, value in scalars.items()}
         self._records.append(
@@ -126,8 +135,8 @@ class Metrics:
                     self._by_tokens.add_scalar(tag, value, tokens)
             for name, tensor in (histograms or {}).items():
                 self._by_step.add_histogram(name, tensor, step)
-            for name, figure in (figures or {}).items():
-                self._by_step.add_figure(name, figure, step, close=True)
+            for name, image in (images or {}).items():
+                self._by_step.add_image(name, image, step, dataformats="HWC")
             self._by_step.flush()
             self._by_tokens.flush()
 
@@ -157,6 +166,5 @@ def _writer(folder: Path, purge: int) -> SummaryWriter:
         time.sleep(0.05)
     if earlier and max(earlier) >= int(time.time()):
         _log.warning("%s holds events from the future: clocks of the nodes differ", folder)
-    return SummaryWriter(
-        os.fspath(folder), purge_step=purge if earlier else None, max_queue=1000, flush_secs=60
-    )
+    # In the first life too: TensorBoard takes the first of these marks for no restart.
+    return SummaryWriter(os.fspath(folder), purge_step=purge, max_queue=1000, flush_secs=60)

@@ -1,7 +1,8 @@
 """Pictures of the memories, head by head: which learn, which are dead, which diverge.
 
-`draw_heads` shows one recording, blocks by heads; `draw_history` the last recordings, a row a head.
-Drawn by hand from images: matplotlib's own colour bars would take most of the time.
+For each figure of an observation one picture of the last recording, blocks by heads, and for some
+the last recordings beside each other, a row a head. Each is as wide as TensorBoard shows it. Drawn
+with Pillow: matplotlib would take ten times as long, and the ranks wait meanwhile.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,16 +18,18 @@ from numpy.typing import NDArray
 from titans_pretrain.run.folder import RunFolder
 from titans_pretrain.run.lines import Lines, Record
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 Heads = Mapping[str, Mapping[str, Sequence[float]]]  # layer -> figure -> [H]
+Values = NDArray[np.float64]  # [rows, columns]
+Picture = NDArray[np.uint8]  # [rows, columns, 3]
 
 LONGEST = 120  # recordings that a history shows
 DEAD = 0.01  # a head whose learning takes less than this off its surprise does nothing
 CONDITIONS = ("dead", "learns", "diverges")
-_COLOURS = ("#9e9e9e", "#66bb6a", "#e53935")
+
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 350, 44, 80, 26, 34  # dots: a picture, and its margins
+STATES = ((158, 158, 158), (102, 187, 106), (229, 57, 53))  # colours of CONDITIONS
+VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+RED_BLUE = ((103, 0, 31), (214, 96, 77), (247, 247, 247), (67, 147, 195), (5, 48, 97))
 
 
 @dataclass(frozen=True)
@@ -38,19 +40,20 @@ class Panel:
     title: str
     high: float | None = None
     signed: bool = False
+    history: bool = False
 
 
+CONDITION = Panel("condition", "condition", history=True)
 PANELS = (
-    Panel("gain", "gain: surprise taken off", signed=True),
-    Panel("surprise", "surprise |2(M(k) - v)|"),
-    Panel("theta", "theta: step"),
-    Panel("alpha", "alpha: forgetting"),
+    Panel("gain", "gain: surprise taken off", signed=True, history=True),
+    Panel("surprise", "surprise |2 (M(k) - v)|"),
+    Panel("theta", "theta: step", history=True),
+    Panel("alpha", "alpha: forgetting", history=True),
     Panel("eta", "eta: momentum kept", high=1.0),
     Panel("momentum", "momentum |S|"),
-    Panel("drift", "drift |W - W0| / |W0|"),
-    Panel("radius", "stability radius (< 1)", high=1.0),
+    Panel("drift", "drift |W - W0| / |W0|", history=True),
+    Panel("radius", "stability radius (stable < 1)", high=1.0),
 )
-HISTORY = ("gain", "theta", "alpha", "drift")
 
 
 def condition(figures: Mapping[str, Sequence[float]]) -> list[int]:
@@ -97,135 +100,139 @@ class MemoryRecords:
         self._lines.close()
 
 
-def draw(records: Sequence[Record]) -> dict[str, Figure]:
-    """tag -> picture, of the last recordings."""
-    pictures = {"memory/heads": draw_heads(records[-1])}
-    if len(records) > 1:
-        pictures["memory/history"] = draw_history(records)
-    return pictures
+def draw(records: Sequence[Record]) -> dict[str, Picture]:
+    """tag -> picture of `records`, the last recordings."""
+    pictures = {}
+    for panel in (CONDITION, *PANELS):
+        pictures[f"memory_heads/{panel.figure}"] = draw_heads(panel, records[-1])
+        if panel.history and len(records) > 1:
+            pictures[f"memory_history/{panel.figure}"] = draw_history(panel, records)
+    # The one to look at first: TensorBoard sorts by name.
+    return {_first(tag): picture for tag, picture in pictures.items()}
 
 
-def draw_heads(record: Record) -> Figure:
-    """The condition of every head, and each figure: blocks from top to bottom, heads across."""
+def _first(tag: str) -> str:
+    """memory_heads/condition -> memory/condition_heads"""
+    kind, _, figure = tag.removeprefix("memory_").partition("/")
+    return f"memory/{figure}_{kind}" if figure == CONDITION.figure else tag
+
+
+def draw_heads(panel: Panel, record: Record) -> Picture:
+    """One recording: blocks from top to bottom, heads from left to right."""
     heads: Heads = record["heads"]
-    rows = max(2.0, min(4.5, 0.28 * len(heads)))  # inches of one map
-    figure, places = _grid(3, 3, rows, f"memory of each block and head, step {record['step']:,}")
-    state = np.array([condition(figures) for figures in heads.values()], float)
+    values = np.array([_values(panel, figures) for figures in heads.values()], float)
     names = [_short(layer) for layer in heads]
-    _map(figure, places[0], state, "condition", (0, 2), "conditions")
-    _blocks_by_heads(figure.axes[0], names)
-    for place, panel in zip(places[1:], PANELS, strict=True):
-        values = np.array([figures[panel.figure] for figures in heads.values()], float)
-        axes = _map(figure, place, values, panel.title, *_scale(panel, values))
-        _blocks_by_heads(axes, names)
-    return figure
+    return paint(
+        panel,
+        values,
+        title=f"{panel.title}, step {record['step']:,}",
+        height=min(400, max(190, 16 * len(heads))),
+        across=("head", {i: str(i) for i in _few(values.shape[1])}),
+        down=("block", {i: names[i] for i in _few(len(names))}),
+    )
 
 
-def draw_history(records: Sequence[Record]) -> Figure:
-    """The last recordings from left to right; a row is a head, blocks lie below one another."""
+def draw_history(panel: Panel, records: Sequence[Record]) -> Picture:
+    """The recordings from left to right; a row is a head, blocks lie below one another."""
     layers = list(records[-1]["heads"])
-    width = len(next(iter(records[-1]["heads"][layers[0]].values())))
-    rows = max(2.0, min(7.0, 0.11 * len(layers) * width))
-    figure, places = _grid(2, 2, rows, "memory of each head over the run")
-    panels = {panel.figure: panel for panel in PANELS}
-    steps = [record["step"] for record in records]
-    for place, name in zip(places, HISTORY, strict=True):
-        values = np.array(
-            [[x for layer in layers for x in r["heads"][layer][name]] for r in records], float
-        ).T
-        axes = _map(figure, place, values, panels[name].title, *_scale(panels[name], values))
-        at = sorted({round(i * (len(steps) - 1) / 3) for i in range(4)})
-        axes.set_xticks(at, [f"{steps[i]:,}" for i in at])
-        axes.set_xlabel("step", fontsize=8)
-        shown = _few(len(layers))
-        axes.set_yticks(
-            [(i + 0.5) * width - 0.5 for i in shown], [_short(layers[i]) for i in shown]
-        )
-        axes.set_ylabel("block, its heads", fontsize=8)
-        for i in range(1, len(layers)):
-            axes.axhline(i * width - 0.5, color="white", linewidth=0.6)
-    return figure
+    columns = [[_values(panel, r["heads"][layer]) for layer in layers] for r in records]
+    by_layer = np.array(columns, float)  # [recordings, layers, H]
+    width = by_layer.shape[2]
+    shown = sorted({round(i * (len(records) - 1) / 3) for i in range(4)})
+    return paint(
+        panel,
+        by_layer.reshape(len(records), -1).T,
+        title=panel.title,
+        height=min(600, max(190, 3 * len(layers) * width)),
+        across=("step", {i: f"{records[i]['step']:,}" for i in shown}),
+        down=(
+            "block, its heads",
+            {(i + 0.5) * width - 0.5: _short(layers[i]) for i in _few(len(layers))},
+        ),
+        lines=[i * width for i in range(1, len(layers))],
+    )
 
 
-Place = tuple[float, float, float, float]  # left, bottom, width, height in parts of the figure
+def _values(panel: Panel, figures: Mapping[str, Sequence[float]]) -> Sequence[float]:
+    return condition(figures) if panel is CONDITION else figures[panel.figure]
 
 
-def _grid(across: int, down: int, rows: float, title: str) -> tuple[Figure, list[Place]]:
-    """A figure, and where its maps of `rows` inches lie, from the upper left."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    size = (9.0, 0.4 + down * (rows + 0.75))
-    figure = Figure(figsize=size, dpi=100)
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11, y=1 - 0.08 / size[1], va="top")
-    cell = 1 / across
-    places = [
-        (
-            (i + 0.15) * cell,
-            1 - (0.4 + (j + 1) * (rows + 0.75) - 0.45) / size[1],
-            (0.6 if across == 3 else 0.68) * cell,
-            rows / size[1],
-        )
-        for j in range(down)
-        for i in range(across)
-    ]
-    return figure, places
+Axis = tuple[str, Mapping[float, str]]  # its name, and its labels at rows or columns
 
 
-def _scale(panel: Panel, values: NDArray[np.float64]) -> tuple[tuple[float, float], str]:
-    """(lowest, highest) and the colours."""
-    finite = np.abs(values[np.isfinite(values)])
-    high = panel.high or max(float(finite.max(initial=0.0)), 1e-12)
-    if panel.signed:
-        high = max(high, 5 * DEAD)
-        return (-high, high), "RdBu"
-    return (0.0, high), "viridis"
-
-
-def _map(
-    figure: Figure,
-    place: Place,
-    values: NDArray[np.float64],
+def paint(
+    panel: Panel,
+    values: Values,
+    *,
     title: str,
-    limits: tuple[float, float],
-    colours: str,
-) -> Axes:
-    """An image with its colour bar: red beyond the limits, black where there is no number."""
-    from matplotlib import colormaps
-    from matplotlib.colors import ListedColormap
+    height: int,
+    across: Axis,
+    down: Axis,
+    lines: Sequence[int] = (),
+) -> Picture:
+    """A map of `values` [rows, columns], `height` dots high, with its axes and colour bar; white
+    lines above the rows `lines`."""
+    from PIL import Image, ImageDraw, ImageFont
 
-    listed = colours == "conditions"
-    shades: Any = ListedColormap(_COLOURS) if listed else colormaps[colours]
-    over = _COLOURS[2] if colours == "viridis" else None
-    shades = shades.with_extremes(bad="black", over=over)
-    low, high = limits
-    look: dict[str, Any] = {"cmap": shades, "vmin": low, "vmax": high, "interpolation": "nearest"}
-    axes = figure.add_axes(place)
-    axes.imshow(values, aspect="auto", **look)
-    axes.set_title(title, fontsize=9, pad=4)
-    axes.tick_params(labelsize=8, length=2, pad=2)
-    left, bottom, width, height = place
-    inch = 1 / figure.get_figwidth()
-    bar = figure.add_axes((left + width + 0.06 * inch, bottom, 0.1 * inch, height))
-    shade = np.arange(3.0) if listed else np.linspace(low, high, 64)
-    bar.imshow(shade[:, None], aspect="auto", origin="lower", **look)
-    last = len(shade) - 1
-    labels = CONDITIONS if listed else [f"{x:.2g}" for x in (low, (low + high) / 2, high)]
-    bar.set_yticks([0, last / 2, last], labels)
-    bar.set_xticks([])
-    bar.tick_params(labelsize=8, length=2, pad=2, left=False, labelleft=False, right=True)
-    bar.tick_params(labelright=True)
-    return axes
+    low, high = limits(panel, values)
+    image = Image.new("RGB", (WIDTH, height + TOP + BOTTOM), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(11)
+    right, end = WIDTH - RIGHT, TOP + height
+
+    def place(picture: Picture, box: tuple[int, int, int, int]) -> None:
+        whole = Image.fromarray(picture)
+        image.paste(whole.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.NEAREST), box)
+        pen.rectangle((box[0] - 1, box[1] - 1, box[2], box[3]), outline="black")
+
+    place(shades(panel, values), (LEFT, TOP, right, end))
+    for row in lines:
+        y = TOP + height * row / len(values)
+        pen.line((LEFT, y, right - 1, y), fill="white")
+    pen.text(((LEFT + right) / 2, TOP / 2), title, "black", ImageFont.load_default(12), "mm")
+    for at, label in across[1].items():
+        x = LEFT + (right - LEFT) * (at + 0.5) / values.shape[1]
+        pen.line((x, end, x, end + 3), fill="black")
+        pen.text((x, end + 5), label, "black", font, "mt")
+    pen.text(((LEFT + right) / 2, end + BOTTOM - 4), across[0], "black", font, "mb")
+    for at, label in down[1].items():
+        y = TOP + height * (at + 0.5) / len(values)
+        pen.line((LEFT - 4, y, LEFT - 1, y), fill="black")
+        pen.text((LEFT - 6, y), label, "black", font, "rm")
+    upright = Image.new("RGB", (height, 14), "white")
+    ImageDraw.Draw(upright).text((height / 2, 7), down[0], "black", font, "mm")
+    image.paste(upright.rotate(90, expand=True), (2, TOP))
+
+    listed = panel is CONDITION
+    ramp = np.arange(2.0, -1, -1) if listed else np.linspace(high, low, 64)
+    place(shades(panel, ramp[:, None], (low, high)), (right + 6, TOP, right + 16, end))
+    for i, value in enumerate((high, (low + high) / 2, low)):
+        y = TOP + height * ((2 * i + 1) / 6 if listed else i / 2)
+        label = CONDITIONS[2 - i] if listed else f"{value:.2g}"
+        pen.line((right + 16, y, right + 19, y), fill="black")
+        pen.text((right + 21, y), label, "black", font, "lm")
+    return np.asarray(image)
 
 
-def _blocks_by_heads(axes: Axes, names: Sequence[str]) -> None:
-    heads = axes.images[0].get_size()[1]
-    axes.set_xticks(_few(heads))
-    shown = _few(len(names))
-    axes.set_yticks(shown, [names[i] for i in shown])
-    axes.set_xlabel("head", fontsize=8, labelpad=1)
-    axes.set_ylabel("block", fontsize=8, labelpad=1)
+def limits(panel: Panel, values: Values) -> tuple[float, float]:
+    """The values at the ends of the colour bar."""
+    if panel is CONDITION:
+        return 0.0, 2.0
+    largest = float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
+    if panel.signed:
+        largest = max(largest, 5 * DEAD)
+        return -largest, largest
+    return 0.0, panel.high or max(largest, 1e-12)
+
+
+def shades(panel: Panel, values: Values, ends: tuple[float, float] | None = None) -> Picture:
+    """The colours of values [rows, columns]: beyond the limits red, what is no number black."""
+    low, high = ends or limits(panel, values)
+    table = STATES if panel is CONDITION else RED_BLUE if panel.signed else VIRIDIS
+    place = (np.nan_to_num(values) - low) / (high - low) * (len(table) - 1)
+    colours = np.stack([np.interp(place, range(len(table)), c) for c in zip(*table)], axis=-1)
+    colours[values > high] = STATES[2]
+    colours[~np.isfinite(values)] = 0
+    return colours.round().astype(np.uint8)
 
 
 def _few(count: int, most: int = 8) -> list[int]:
