@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 from typing import TYPE_CHECKING
 
-from titans_pretrain.config import RunConfig
+from titans_pretrain.config import ModelConfig, RunConfig
 from titans_pretrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,32 +17,73 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes in an unshard
 
 @dataclass(frozen=True)
 class Layout:
-    """How the ranks share one training step."""
+    """How the ranks share one training step: world_size = data_parallel x tensor."""
 
     world_size: int
+    tensor: int  # neighbouring ranks that hold one copy of the model between them
     data_parallel: int
     micro_batches: int  # forward-backward passes of each rank in a step of global_batch rows
 
 
 def plan_layout(config: RunConfig, world_size: int) -> Layout:
-    """Data-parallel degree and micro-batch count for `world_size` ranks. Raises ConfigError."""
-    train = config.train
-    per_round = train.micro_batch * world_size
+    """The degrees and the micro-batch count for `world_size` ranks. Raises ConfigError."""
+    tensor, train = config.parallel.tensor, config.train
+    if world_size % tensor:
+        raise ConfigError(
+            f"parallel.tensor={tensor}, {world_size} ranks",
+            "tensor-parallel groups fill the world: tensor divides the number of ranks",
+            f"use a multiple of {tensor} ranks, or parallel.tensor={gcd(tensor, world_size)}",
+        )
+    _require_even_shares(config.model, tensor)
+    data_parallel = world_size // tensor
+    per_round = train.micro_batch * data_parallel
     if train.global_batch % per_round:
         raise ConfigError(
             f"train.global_batch={train.global_batch}, train.micro_batch={train.micro_batch}, "
-            f"{world_size} data-parallel ranks",
+            f"{data_parallel} data-parallel ranks",
             "global_batch is a multiple of micro_batch x ranks, so that all ranks do equal work",
             f"try train.global_batch={max(1, round(train.global_batch / per_round)) * per_round}",
         )
     if train.ramp is not None and train.ramp.start % per_round:
         raise ConfigError(
             f"train.ramp.start={train.ramp.start}, train.micro_batch={train.micro_batch}, "
-            f"{world_size} data-parallel ranks",
+            f"{data_parallel} data-parallel ranks",
             "the first batch is a multiple of micro_batch x ranks, so that all ranks do equal work",
             f"make train.ramp.start a multiple of {per_round}, or lower train.micro_batch",
         )
-    return Layout(world_size, world_size, train.global_batch // per_round)
+    return Layout(world_size, tensor, data_parallel, train.global_batch // per_round)
+
+
+def _require_even_shares(model: ModelConfig, tensor: int) -> None:
+    """Each rank of a tensor-parallel group holds whole heads (of queries, of keys and values, of
+    the memory), equally many MLP columns and equally many rows of the vocabulary: the model's,
+    which may be wider than the tokenizer's. Nothing is padded silently."""
+    for name, size, widen in (
+        ("model.heads", model.heads, False),
+        ("model.kv_heads", model.kv_heads, False),
+        ("model.mlp_width", model.mlp_hidden, True),
+        ("model.vocab_size", model.vocab_size, True),
+    ):
+        if size is not None and size % tensor:
+            remedy = f"use parallel.tensor={gcd(tensor, size)}"
+            if widen:
+                remedy += f", or {name}={-(-size // tensor) * tensor}"
+            raise ConfigError(
+                f"{name}={size}, parallel.tensor={tensor}",
+                "ranks that share a layer hold equal parts of it: tensor divides the model's "
+                "heads, MLP width and vocabulary",
+                remedy,
+            )
+
+
+def require_built(config: RunConfig) -> None:
+    """Refuses a layout that is planned for but that training cannot run yet. Raises ConfigError."""
+    if config.parallel.tensor > 1:
+        raise ConfigError(
+            f"parallel.tensor={config.parallel.tensor}",
+            "tensor parallel layers are not built yet",
+            "set parallel.tensor=1",
+        )
 
 
 @dataclass(frozen=True)
