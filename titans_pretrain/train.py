@@ -23,7 +23,7 @@ from titans_pretrain.data.stream import TrainStream
 from titans_pretrain.data.validation import validation_batches
 from titans_pretrain.describe import describe_run
 from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED, ConfigError, NodeError, TitansError
-from titans_pretrain.parallel.layout import plan_layout
+from titans_pretrain.parallel.layout import plan_layout, require_built
 from titans_pretrain.parallel.world import World, start_world
 from titans_pretrain.run import checkpoint
 from titans_pretrain.run.console import open_log
@@ -49,6 +49,7 @@ def run_training(
     Raises:
         TitansError: the same kind on every rank.
     """
+    require_built(config)
     with stop_request() as stop, contextlib.ExitStack() as leaving, lost_peers_told():
         world = start_world(config.train)
         leaving.callback(world.shut_down)
