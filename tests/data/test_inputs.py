@@ -105,6 +105,7 @@ def test_every_form_gives_the_same_tokens(form, corpus, prepared, tokenizer, tmp
     FORMS[form](source, corpus[1])
     manifest = prepare([str(source)], out, tokenizer, SETTINGS, say=quiet)
     assert manifest.header["splits"] == load_manifest(prepared).header["splits"]
+    assert manifest.header["skipped"]["documents"] == 0
     assert manifest.header["text_bytes"] == sum(len(t.encode()) for t in corpus[1])
 
 
@@ -160,6 +161,22 @@ def test_a_packed_file_is_opened_once_a_worker(name, corpus, tokenizer, tmp_path
     assert len(list((tmp_path / "killed" / ".work" / "units").glob("?????"))) >= 2
     assert opened_by(monkeypatch, work("killed")) == 1
     assert content(tmp_path / "killed") == content(tmp_path / "out")
+
+
+def test_a_manifest_of_text_holds_what_it_always_held(prepared):
+    """Options of raw sequences leave no trace where they are not used: runs know their data by
+    the manifest's hash."""
+    header = load_manifest(prepared).header
+    assert list(header["identity"]["settings"]) == [
+        "validation",
+        "on_bad",
+        "text_key",
+        "member_tokens",
+        "shard_tokens",
+        "unit_bytes",
+    ]
+    keys = ["sha256", "vocab_size", "bos", "eos", "pad", "unk", "unknown_tokens"]
+    assert list(header["tokenizer"]) == keys
 
 
 def test_runs_of_units():

@@ -1,6 +1,7 @@
 """What `inspect` tells of documents' lengths, pads, rows, and beginnings."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -13,7 +14,7 @@ from tests.data.oracle import documents_of, rows_of
 from titans_pretrain.cli import main
 from titans_pretrain.data import lengths
 from titans_pretrain.data.inspect import describe_manifest
-from titans_pretrain.data.lengths import histogram, read_lengths, some_members, spaced
+from titans_pretrain.data.lengths import beginnings, histogram, read_lengths, some_members, spaced
 from titans_pretrain.data.manifest import load_manifest
 from titans_pretrain.data.prepare import Settings, prepare
 from titans_pretrain.data.shards import BlockReader
@@ -61,6 +62,25 @@ def test_of_many_members_spaced_ones_are_read(prepared):
     told = describe_manifest(prepared, shards=1)
     one = split.members["shard"].tolist().count(int(spaced(len(split.shards), 1)[0]))
     assert f"lengths of train documents, in tokens, of {one} of {count} members" in told
+
+
+def test_beginnings_are_those_of_the_documents_named(prepared):
+    """From every member, two of some; long ones cut at the line's end."""
+    manifest = load_manifest(prepared)
+    split, reader = manifest.splits["train"], BlockReader(manifest, "train", 1, 1)
+    documents = [d for s in split.shards for d in documents_of(prepared, s.file)]
+    wanted = len(split.members) + 3
+    shown = list(beginnings(manifest, reader, read_lengths(reader), wanted))
+    assert len(shown) == wanted
+    numbers = []
+    for line in shown:
+        head, _, text = line.partition(" tokens): ")
+        number, length = (int(word) for word in re.findall(r"[0-9]+", head.replace(",", "")))
+        whole = repr(manifest.tokenizer().decode(documents[number]))
+        assert length == len(documents[number]) and len(line) <= 100
+        assert whole.startswith(text.removesuffix("...").removesuffix("'"))
+        numbers.append(number)
+    assert numbers == sorted(set(numbers)) and numbers[-1] > len(documents) * 0.9
 
 
 @pytest.fixture(scope="module")

@@ -304,7 +304,7 @@ def test_large_ids_are_stored_in_32_bits(tmp_path):
 
 BAD = {
     '{"input_ids": [5, 300]}': "id 300 at place 1; ids lie in 0..299",
-    '{"input_ids": [-1]}': "id -1 at place 0; ids lie in 0..299",
+    '{"input_ids": [5, -1]}': "id -1 at place 1; ids lie in 0..299",
     '{"input_ids": [1.5]}': "a list of float64",
     '{"input_ids": ["5"]}': "a list of <U1",
     '{"input_ids": [[1], [2]]}': "in 2 dimension(s)",
