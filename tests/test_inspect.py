@@ -107,3 +107,34 @@ def test_a_step_folder_without_checksums_is_a_damaged_checkpoint(tmp_path):
     (tmp_path / "step-00000001").mkdir()
     with pytest.raises(DataError, match="damaged checkpoint"):
         inspect(tmp_path / "step-00000001")
+
+
+def test_a_config_tells_its_size_work_and_layouts():
+    path = Path(__file__).parent.parent / "configs" / "titans-1.3b.yaml"
+    told = inspect(path, overrides=["model.variant=mal", "train.steps=2"])
+    assert "  mal, 18 blocks, width 2048, 8 heads of 256, MLP 5504\n" in told
+    rows = dict(re.findall(r"^  (\w[\w ]*?)  +([\d,.]+)(?: |$)", told, re.MULTILINE))
+    assert rows["embedding"] == "65,536,000"
+    assert rows["all"] == "1,501,862,752"
+    assert re.search(r"  with recompute +17,565.\d\d\n", told)
+    assert "  2 steps of 524,288 tokens: 1,048,576 in all, pads included\n" in told
+    assert re.search(r"^ +1  no: parallel.tensor=4, 1 ranks; use a multiple of 4", told, re.M)
+    assert [
+        tuple(map(int, row)) for row in re.findall(r"^ +(\d+) +(\d+) x (\d+) +(\d+)$", told, re.M)
+    ] == [(8, 2, 4, 64), (64, 16, 4, 8), (512, 128, 4, 1)]
+    assert "not yet: parallel.tensor=4" in told
+    resolved = told.split("\nresolved\n")[1]
+    assert "  steps: 2\n" in resolved and "  clip: 1.0\n" in resolved
+
+
+def test_a_config_without_vocabulary_and_with_a_growing_batch(capsys):
+    path = str(Path(__file__).parent.parent / "configs" / "demo.yaml")
+    ramp = ["train.ramp.start=8", "train.ramp.steps=9", "train.steps=10"]
+    assert cli.main(["inspect", path, *ramp]) == 0
+    told = capsys.readouterr().out
+    assert "embedding and head are not counted here" in told
+    assert f"{(9 * 8 + 16) * 256:,} in all" in told
+    assert "not yet" not in told
+    assert cli.main(["inspect", path, "train.stepz=1"]) == 2
+    with pytest.raises(ConfigError, match="only the values of a config"):
+        inspect(Path("somewhere"), overrides=["a=1"])

@@ -108,9 +108,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             commands.add_parser(name, help=about)
     _add_train(commands)
     inspect = commands.add_parser(
-        "inspect", help="say what a run, checkpoint, shard or manifest holds"
+        "inspect", help="say what a config, run, checkpoint, shard or manifest holds"
     )
     inspect.add_argument("path", type=Path, help="of one of these, or of a folder of checkpoints")
+    inspect.add_argument("overrides", nargs="*", metavar="a.b=c", help="values of a config")
     inspect.add_argument("--verify", action="store_true", help="read every shard of a manifest")
     inspect.add_argument(
         "--samples", type=int, default=3, metavar="N", help="documents shown of a prepared folder"
@@ -217,7 +218,7 @@ def _train(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from titans_pretrain.inspect_command import inspect
 
-    print(inspect(args.path, args.verify, args.samples, args.sequence_length))
+    print(inspect(args.path, args.verify, args.samples, args.sequence_length, args.overrides))
     return 0
 
 

@@ -1,11 +1,11 @@
-"""`titans-pretrain inspect PATH`: what a manifest, shard, checkpoint or run folder holds."""
+"""`titans-pretrain inspect PATH`: what a config, manifest, shard, checkpoint or run holds."""
 
 from __future__ import annotations
 
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,28 @@ from titans_pretrain.errors import ConfigError
 
 
 def inspect(
-    path: Path, verify: bool = False, samples: int = 3, sequence_length: int | None = None
+    path: Path,
+    verify: bool = False,
+    samples: int = 3,
+    sequence_length: int | None = None,
+    overrides: Sequence[str] = (),
 ) -> str:
     """A description in lines; `verify` reads all shards of a manifest, of which also `samples`
-    documents are shown, and how rows of `sequence_length` are filled.
+    documents are shown, and how rows of `sequence_length` are filled. `overrides` change a config.
 
     A folder of checkpoints stands for its latest. Raises ConfigError for a path that is none of
     these, DataError for a damaged one.
     """
+    if path.suffix in (".yaml", ".yml"):
+        from titans_pretrain.inspect_config import describe_config
+
+        return describe_config(path, overrides)
+    if overrides:
+        raise ConfigError(
+            f"inspect {path} {' '.join(overrides)}",
+            "only the values of a config can be changed",
+            "leave them out, or give the path of a config (.yaml)",
+        )
     if path.name == "manifest.json" or (path / "manifest.json").exists():
         from titans_pretrain.data.inspect import describe_manifest
 
@@ -40,8 +54,8 @@ def inspect(
         return "\n".join(_checkpoint(finished[-1]))
     raise ConfigError(
         f"inspect {path}: {'no such path' if not path.exists() else 'nothing known'}",
-        "a prepared folder or its manifest.json, a shard (.tar), a checkpoint (step-...), a run or "
-        "its checkpoints",
+        "a config (.yaml), a prepared folder or its manifest.json, a shard (.tar), a checkpoint "
+        "(step-...), a run or its checkpoints",
         "give the path of one of these",
     )
 
