@@ -18,6 +18,7 @@ import torch
 from titans_pretrain.config import RunConfig, dump_config
 from titans_pretrain.data.batch import Batch
 from titans_pretrain.data.manifest import Manifest
+from titans_pretrain.data.quarantine import new_entries
 from titans_pretrain.data.sources import validation_sets
 from titans_pretrain.data.stream import TrainStream
 from titans_pretrain.data.validation import validation_batches
@@ -71,7 +72,7 @@ def run_training(
         stopping = False
         while at.step < last and not stopping:
             began = time.perf_counter()
-            micro_batches, data = fetch(world, batches)
+            micro_batches, data = fetch(world, batches, stream, at.data)
             waited = time.perf_counter() - began
             with watch.memory(at.step + 1):
                 report = step(micro_batches, at.step + 1)
@@ -256,18 +257,28 @@ def versions() -> dict[str, str]:
 
 
 def fetch(
-    world: World, batches: Iterator[tuple[list[Batch], dict[str, Any]]]
+    world: World,
+    batches: Iterator[tuple[list[Batch], dict[str, Any]]],
+    stream: TrainStream,
+    before: dict[str, Any],
 ) -> tuple[list[Batch], dict[str, Any]]:
-    """The next step's micro-batches of this rank; a data error stops every rank."""
+    """The next step's micro-batches of this rank, and the stream's state after them as all ranks
+    see it (`before`: the state before them). A data error stops every rank."""
     failure: TitansError | None = None
-    got: Any = None
+    micro_batches: list[Batch] = []
+    data, met = before, []
     try:
-        got = next(batches)
+        micro_batches, data = next(batches)
+        met = new_entries(before["quarantine"], data["quarantine"])
     except TitansError as e:
         failure = e
-    if any(world.max([float(failure is not None)])):
+    failed, found = world.max([float(failure is not None), float(bool(met))])
+    if failed:
         world.agree(lambda: _fail(failure))
-    return got
+    if found:
+        told = world.gather_objects(met)
+        return micro_batches, world.agree(lambda: stream.agreed(before, data, told))
+    return micro_batches, {**data, "quarantine": before["quarantine"]}
 
 
 def _fail(failure: TitansError | None) -> None:

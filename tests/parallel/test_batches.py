@@ -34,10 +34,11 @@ def forwarded(tree: dict[str, Any]) -> list[Batch]:
     tokens = []
     step.model.register_forward_pre_hook(lambda module, args: tokens.append(args))
     steps = []
-    batches = stream.batches(stream.start())
+    state = stream.start()
+    batches = stream.batches(state)
     for number in (1, 2):
         given.clear()
-        micro_batches, _ = fetch(world, batches)
+        micro_batches, state = fetch(world, batches, stream, state)
         step(micro_batches, number)
         steps.append(concatenate(given))
     batches.close()

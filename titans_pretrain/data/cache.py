@@ -102,20 +102,27 @@ class Cache:
             return os.open(self._path(wanted, ".damaged"), os.O_RDONLY | os.O_CLOEXEC)
         return None
 
-    def discard(self, wanted: Wanted) -> None:
-        """Throws a shard away if its copy here is no longer what arrived (a failing disk)."""
+    def discard(self, wanted: Wanted) -> bool:
+        """Throws a shard away if its copy here is no longer what arrived (a failing disk).
+        Returns whether there was one, so that opening it again may help."""
         path = self._path(wanted)
-        with self.disk(), contextlib.suppress(FileNotFoundError):
-            if file_sha256(path) != wanted.sha256:
-                path.unlink()
         with self._changed:
             self._drop(str(wanted.sha256))
+        with self.disk():
+            try:
+                if file_sha256(path) != wanted.sha256:
+                    path.unlink()
+            except FileNotFoundError:
+                return False
+        return True
 
     def want(self, owner: object, wanted: Iterable[Wanted]) -> None:
         """From now on `owner` needs these shards, most urgent first: they are fetched in the
         background as far as there is room, and kept. Replaces what it needed before."""
         with self._changed:
             self._wanted[owner] = list(wanted)
+            if not self._wanted[owner]:
+                del self._wanted[owner]
             keep = {str(w.sha256) for each in self._wanted.values() for w in each}
             for sha256 in self._pins.keys() - keep:
                 self._drop(sha256)
@@ -123,12 +130,6 @@ class Cache:
                 self._ahead = threading.Thread(target=self._fetch_ahead, daemon=True, name="cache")
                 self._ahead.start()
             self._changed.notify_all()
-
-    def forget(self, owner: object) -> None:
-        """`owner` needs nothing any more."""
-        self.want(owner, [])
-        with self._changed:
-            del self._wanted[owner]
 
     @contextlib.contextmanager
     def disk(self) -> Iterator[None]:

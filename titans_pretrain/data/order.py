@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 WINDOW = 16  # shards shuffled together: bounds open files and the working set on disk
+NEAR = 32  # draws from the window of a row that cannot be read, before any other
 ROUNDS = 6  # even, so that halves of unequal width are back in their place
 
 Ints = NDArray[np.int64]
@@ -104,6 +105,22 @@ class Order:
         epoch, number = divmod(window, -(-len(self.blocks) // self.window))
         shards, _ = self._table(epoch)
         return shards[number * self.window : (number + 1) * self.window].tolist()
+
+    def draw(self, sample: int, attempt: int) -> tuple[int, int]:
+        """Shard and block of another row than `sample`'s, in case that cannot be read: from the
+        sample's own window for the first attempts (its shards are at hand), then from anywhere."""
+        epoch, index = divmod(sample, self.total)
+        shards, ends = self._table(epoch)
+        begin, end = 0, self.total
+        if attempt < NEAR:
+            number = int(np.searchsorted(ends, index, side="right")) // self.window
+            last = min((number + 1) * self.window, len(ends)) - 1
+            begin, end = int(ends[number * self.window - 1]) if number else 0, int(ends[last])
+        key = f"{self.key}:{sample}:draw:{attempt}".encode()
+        drawn = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+        place = begin + drawn % (end - begin)
+        which = int(np.searchsorted(ends, place, side="right"))
+        return int(shards[which]), place - int(ends[which] - self.blocks[shards[which]])
 
     def _locate_in_epoch(self, epoch: int, index: Ints) -> tuple[Ints, Ints]:
         shards, ends = self._table(epoch)

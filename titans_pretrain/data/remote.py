@@ -9,6 +9,7 @@ no `s3`, which is read by `aws s3 cp URL -` here. `gs` is its own (`gsutil cat`)
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import logging
@@ -21,7 +22,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -115,11 +116,12 @@ def require_scheme(url: str) -> None:
         )
 
 
+def _never() -> bool:
+    return False
+
+
 def fetch(
-    wanted: Wanted,
-    part: Path,
-    patience: Patience,
-    stopped: Callable[[], bool] = lambda: False,
+    wanted: Wanted, part: Path, patience: Patience, stopped: Callable[[], bool] = _never
 ) -> None:
     """Brings the file to `part`, going on behind the bytes that lie there already.
 
@@ -133,25 +135,8 @@ def fetch(
             _attempt(wanted, part, patience.timeout, goes_on, stopped)
             return
         except _Broken as e:
-            if stopped():
-                raise FetchFailed(wanted.url, e.offset, e.reason) from e
             goes_on = e.goes_on
-            last = attempt == patience.retries or GONE.search(e.reason)
-            pause = 0.0 if last else patience.pause(attempt)
-            log.warning(
-                "%s: at byte %d: %s (attempt %d of %d%s)",
-                shown(wanted.url),
-                e.offset,
-                e.reason,
-                attempt + 1,
-                patience.retries + 1,
-                "" if last else f"; again in {pause:.1f} s",
-            )
-            if last:
-                raise FetchFailed(wanted.url, e.offset, e.reason, e.whole) from e
-        end = time.monotonic() + pause
-        while time.monotonic() < end and not stopped():
-            time.sleep(min(0.2, pause))
+            _pause_or_fail(wanted.url, e, patience, attempt, stopped)
 
 
 def _attempt(
@@ -159,8 +144,7 @@ def _attempt(
 ) -> None:
     with part.open("ab") as out:
         begun = out.tell()
-        can = urlsplit(_gopen().rewrite_url(wanted.url)).scheme in ("http", "https", "file")
-        if not goes_on or not can or begun >= (wanted.bytes or 0):
+        if begun and (not goes_on or not _continues(wanted.url) or begun >= (wanted.bytes or 0)):
             out.truncate(0)
             begun = 0
         size = _transfer(wanted, out, begun, timeout, stopped)
@@ -179,7 +163,22 @@ def _transfer(
 ) -> int:
     """Appends the file's bytes from `begun` on; returns how many there are then."""
     at = begun
-    stream = _opened(wanted.url, begun, timeout)
+    with contextlib.closing(_pieces(wanted.url, begun, timeout, stopped)) as pieces:
+        for data in pieces:
+            out.write(data)
+            at += len(data)
+            if wanted.bytes is not None and at > wanted.bytes:
+                why = f"it goes on; {wanted.bytes} bytes were prepared"
+                raise _Broken(wanted.bytes, why, whole=True)
+    return at
+
+
+def _pieces(
+    url: str, begun: int, timeout: float, stopped: Callable[[], bool] = _never
+) -> Generator[bytes, None, None]:
+    """One attempt: the file's bytes from `begun` on, as they come. Raises _Broken."""
+    at = begun
+    stream = _opened(url, begun, timeout)
     try:
         raw = getattr(stream, "stream", stream)  # a webdataset Pipe holds the stream
         poll = select.poll()
@@ -199,17 +198,66 @@ def _transfer(
                 raise _Broken(at, e.strerror or str(e), goes_on=True) from e
             if not data:
                 break
-            out.write(data)
+            yield data
             at, heard = at + len(data), time.monotonic()
-            if wanted.bytes is not None and at > wanted.bytes:
-                why = f"it goes on; {wanted.bytes} bytes were prepared"
-                raise _Broken(wanted.bytes, why, whole=True)
         why = _verdict(stream, timeout)
         if why:
             raise _Broken(at, why, goes_on=not WHOLE.search(why))
-        return at
     finally:
         _close(stream)
+
+
+def read_through(url: str, patience: Patience) -> Generator[bytes, None, None]:
+    """The bytes of a file that is read once, front to back, and kept nowhere.
+
+    A broken transfer is tried again and goes on where it ended. Raises FetchFailed after the last
+    attempt without a further byte, NodeError where a program is missing.
+    """
+    at = attempt = 0
+    while True:
+        # What cannot be continued is read again up to there.
+        begun = at if _continues(url) else 0
+        here = begun
+        try:
+            with contextlib.closing(_pieces(url, begun, patience.timeout)) as pieces:
+                for data in pieces:
+                    new = data[max(0, at - here) :]
+                    here += len(data)
+                    if new:
+                        at, attempt = at + len(new), 0
+                        yield new
+            return
+        except _Broken as e:
+            _pause_or_fail(url, e, patience, attempt)
+            attempt += 1
+
+
+def _continues(url: str) -> bool:
+    return urlsplit(_gopen().rewrite_url(url)).scheme in ("", "http", "https", "file")
+
+
+def _pause_or_fail(
+    url: str, e: _Broken, patience: Patience, attempt: int, stopped: Callable[[], bool] = _never
+) -> None:
+    """Logs a failed attempt, and waits for the next. Raises FetchFailed if it was the last."""
+    if stopped():
+        raise FetchFailed(url, e.offset, e.reason) from e
+    last = attempt == patience.retries or GONE.search(e.reason)
+    pause = 0.0 if last else patience.pause(attempt)
+    log.warning(
+        "%s: at byte %d: %s (attempt %d of %d%s)",
+        shown(url),
+        e.offset,
+        e.reason,
+        attempt + 1,
+        patience.retries + 1,
+        "" if last else f"; again in {pause:.1f} s",
+    )
+    if last:
+        raise FetchFailed(url, e.offset, e.reason, e.whole) from e
+    end = time.monotonic() + pause
+    while time.monotonic() < end and not stopped():
+        time.sleep(min(0.2, pause))
 
 
 def _opened(url: str, begun: int, timeout: float) -> Any:
@@ -219,13 +267,12 @@ def _opened(url: str, begun: int, timeout: float) -> Any:
     try:
         stream = gopen.gopen(url, "rb", **options)
     except FileNotFoundError as e:
-        if scheme == "file":
+        if scheme in ("", "file"):
             raise _Broken(begun, e.strerror or "not found") from e
         raise _no_program(str(e.filename)) from e
     except OSError as e:
         raise _Broken(begun, e.strerror or str(e)) from e
-    if scheme == "file" and begun:
-        stream.seek(begun)
+    if scheme in ("", "file") and begun:
         os.lseek(stream.fileno(), begun, os.SEEK_SET)
     return stream
 

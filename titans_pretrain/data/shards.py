@@ -93,7 +93,8 @@ class BlockReader:
         shards = list(shards)
         for shard in self._files.keys() - set(shards):
             os.close(self._files.pop(shard))
-        self.manifest.store.expect(self.split.shards[shard] for shard in shards)
+        good = (shard for shard in shards if (shard, None) not in self._bad)
+        self.manifest.store.expect(self, [self.split.shards[shard] for shard in good])
 
     def condemn(self, fault: Fault) -> None:
         """Takes a member, or a shard, for bad without looking at it."""
@@ -360,7 +361,7 @@ class BlockReader:
         """Closes the files; the reader may be used again."""
         while self._files:
             os.close(self._files.popitem()[1])
-        self.manifest.store.close()
+        self.manifest.store.close(self)
 
 
 _COUNT: Ints = np.arange(1 << 16)

@@ -51,13 +51,13 @@ class Store(Protocol):
         """What there is of a shard that `open` calls unusable."""
 
     def renew(self, shard: Shard) -> bool:
-        """Whether a shard that turned out damaged may be opened anew: its copy was thrown away."""
+        """Whether a shard that turned out damaged should be opened anew: it was but a copy."""
 
-    def expect(self, shards: Iterable[Shard]) -> None:
-        """The shards that are needed now and soon, most urgent first."""
+    def expect(self, reader: object, shards: Iterable[Shard]) -> None:
+        """The shards that a reader needs now and soon, most urgent first."""
 
-    def close(self) -> None:
-        """Nothing is needed any more."""
+    def close(self, reader: object) -> None:
+        """The reader needs nothing any more."""
 
 
 class Folder:
@@ -99,10 +99,10 @@ class Folder:
     def renew(self, shard: Shard) -> bool:
         return False
 
-    def expect(self, shards: Iterable[Shard]) -> None:
+    def expect(self, reader: object, shards: Iterable[Shard]) -> None:
         pass
 
-    def close(self) -> None:
+    def close(self, reader: object) -> None:
         pass
 
 
@@ -133,15 +133,16 @@ class Remote:
         return self.cache.damaged(self._wanted(shard))
 
     def renew(self, shard: Shard) -> bool:
-        log.warning("%s: its copy in %s was damaged", self.where(shard), self.cache.folder)
-        self.cache.discard(self._wanted(shard))
+        if not self.cache.discard(self._wanted(shard)):
+            return False
+        log.warning("%s: its copy in %s is damaged", self.where(shard), self.cache.folder)
         return True
 
-    def expect(self, shards: Iterable[Shard]) -> None:
-        self.cache.want(self, [self._wanted(shard) for shard in shards])
+    def expect(self, reader: object, shards: Iterable[Shard]) -> None:
+        self.cache.want(reader, [self._wanted(shard) for shard in shards])
 
-    def close(self) -> None:
-        self.cache.forget(self)
+    def close(self, reader: object) -> None:
+        self.cache.want(reader, [])
 
     def _wanted(self, shard: Shard) -> Wanted:
         return Wanted(join(self.url, shard.file), shard.bytes, shard.sha256)

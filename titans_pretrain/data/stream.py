@@ -7,14 +7,8 @@ the next sample number and the intervals to skip: the same on every rank, whatev
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -25,9 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from titans_pretrain.config import DataConfig
 from titans_pretrain.data.batch import Batch, batch_hash, concatenate
+from titans_pretrain.data.loader import as_read, live_with_parent, stop_signals_blocked
 from titans_pretrain.data.manifest import Manifest
 from titans_pretrain.data.mix import mix_of
 from titans_pretrain.data.order import Order, take
+from titans_pretrain.data.quarantine import Entry, Substitutes, agreed, members_of, merged
 from titans_pretrain.data.shards import BlockReader
 from titans_pretrain.data.sources import load_sources
 from titans_pretrain.errors import ConfigError, DataError, NodeError, TitansError
@@ -35,11 +31,11 @@ from titans_pretrain.errors import ConfigError, DataError, NodeError, TitansErro
 __all__ = ["Batch", "TrainStream", "batch_hash", "concatenate"]
 
 VERSION = 1
-STOP = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}  # signals that ask a run to stop
 PREFETCH = 2  # batches read ahead by each worker
 
 State = dict[str, Any]
 Rows = tuple[Tensor, ...]
+Read = tuple[Rows, list[Entry]]  # the rows, and what was found bad on the way to them
 
 
 class _Sources:
@@ -49,16 +45,25 @@ class _Sources:
         self, manifests: Sequence[Manifest], data: DataConfig, split: str, align: int, vocab: int
     ) -> None:
         length = data.sequence_length
-        self.readers = [BlockReader(m, split, length, align, vocab) for m in manifests]
+        tolerant = data.on_bad == "quarantine"
+        self.readers = [BlockReader(m, split, length, align, vocab, tolerant) for m in manifests]
         self.orders = [
             Order(reader.blocks, f"{reader.manifest.hash}:{data.seed}") for reader in self.readers
         ]
         self._windows: dict[int, range] = {}  # of each source, as its reader was told
         # One source needs no mix: its samples are those of the run.
         self.mix = mix_of(data.sources, data.seed) if len(manifests) > 1 else None
+        self.substitutes: Substitutes | None = None
+        if tolerant:
+            self.substitutes = Substitutes(list(data.sources), self.readers, self.orders)
 
     def locate(self, samples: NDArray[np.int64]) -> tuple[NDArray, NDArray, NDArray]:
         """Source, shard and block of each sample number."""
+        source, _, shard, block = self._locate(samples)
+        return source, shard, block
+
+    def _locate(self, samples: NDArray[np.int64]) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+        """Source, index in the source, shard and block."""
         source, index = np.zeros_like(samples), samples
         if self.mix is not None:
             source, index = self.mix.locate(samples)
@@ -70,7 +75,7 @@ class _Sources:
             address = order.locate(index[here])
             shard[here], block[here] = address.shard, address.block
             self._expect(number, index[here], address.shard)
-        return source, shard, block
+        return source, index, shard, block
 
     def _expect(self, number: int, index: NDArray[np.int64], shards: NDArray[np.int64]) -> None:
         """Tells a source's reader which windows its rows come from now, and which comes next."""
@@ -81,8 +86,23 @@ class _Sources:
             near = (shard for window in windows for shard in order.shards_in(window))
             self.readers[number].expect(list(dict.fromkeys([*shards.tolist(), *near])))
 
-    def rows(self, samples: NDArray[np.int64]) -> Rows:
-        return read_rows(self.readers, samples, *self.locate(samples))
+    def rows(self, samples: NDArray[np.int64]) -> Read:
+        source, index, shard, block = self._locate(samples)
+        met: list[Entry] = []
+        if self.substitutes is not None:
+            met = self.substitutes.replace(samples, source, index, shard, block)
+        return read_rows(self.readers, samples, source, shard, block), met
+
+    def condemn(self, entries: list[Entry]) -> None:
+        """Takes for bad what a run has found to be."""
+        if self.substitutes is not None:
+            self.substitutes.condemn(entries)
+
+    def close(self) -> None:
+        """Closes the files, and fetches nothing ahead any more."""
+        self._windows.clear()
+        for reader in self.readers:
+            reader.close()
 
 
 class _Samples(Dataset[Rows]):
@@ -91,6 +111,7 @@ class _Samples(Dataset[Rows]):
     def __init__(self, data: DataConfig, split: str, align: int, vocab: int):
         self.recipe = (data, split, align, vocab)
         self.hashes: list[str] = []  # of the manifests as the rank found them, for its workers
+        self.quarantine: list[Entry] = []
         self._open: _Sources | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -109,9 +130,14 @@ class _Samples(Dataset[Rows]):
                     )
             self.hashes = [manifest.hash for manifest in manifests]
             self._open = _Sources(manifests, data, split, align, vocab)
+            self._open.condemn(self.quarantine)
         return self._open
 
-    def __getitems__(self, samples: list[int]) -> Rows | TitansError:
+    def condemn(self, entries: list[Entry]) -> None:
+        self.quarantine = entries
+        self.opened().condemn(entries)
+
+    def __getitems__(self, samples: list[int]) -> Read | TitansError:
         """The rows of the samples, or the error that reading them met (raised by the consumer:
         on its way through the loader an exception would lose its fields)."""
         try:
@@ -119,7 +145,7 @@ class _Samples(Dataset[Rows]):
         except TitansError as e:
             return e
 
-    def rows(self, samples: NDArray[np.int64]) -> Rows:
+    def rows(self, samples: NDArray[np.int64]) -> Read:
         return self.opened().rows(samples)
 
 
@@ -251,15 +277,21 @@ class TrainStream:
                 "same sample number of the new order",
             )
         kept = {key: saved[key] for key in ("next_sample", "skips", "quarantine")}
+        if any("manifest" in change for change in changes):
+            kept["quarantine"] = []  # it names members of the old tables
         return {**now, **kept}, changes
 
     def progress(self, state: State) -> dict[str, float]:
         """Figures of what was read up to `state`, by source: metric -> value. Skipped samples
         count as read."""
         sample, mix = int(state["next_sample"]), self._samples.opened().mix
+        figures: dict[str, float] = {}
+        if self.data.on_bad == "quarantine":
+            bad = members_of(state["quarantine"], self.manifests)
+            figures["data/quarantined"] = sum(bad.values())
         if mix is None:
-            return {f"data_epochs/{name}": sample / rows for name, rows in self.epoch_rows.items()}
-        figures = {}
+            epochs = {f"data_epochs/{name}": sample / n for name, n in self.epoch_rows.items()}
+            return figures | epochs
         counts, asked = mix.counts(sample).tolist(), mix.shares(sample).tolist()
         for (name, rows), count, share in zip(self.epoch_rows.items(), counts, asked):
             figures[f"data_samples/{name}"] = count
@@ -267,6 +299,13 @@ class TrainStream:
             figures[f"data_share/{name}"] = count / max(1, sample)
             figures[f"data_share_asked/{name}"] = share
         return figures
+
+    def agreed(self, before: State, after: State, told: list[list[Entry]]) -> State:
+        """`after` with the quarantine that all ranks agree on: that of `before`, and what each
+        rank met since. Raises DataError where too much of a source would be left out."""
+        limit = self.data.max_bad
+        quarantine = agreed(before["quarantine"], told, self.manifests, limit)
+        return {**after, "quarantine": quarantine}
 
     def skip(self, state: State, start: int, stop: int) -> State:
         """The state with the samples [start, stop) left out from now on."""
@@ -276,27 +315,34 @@ class TrainStream:
         self, state: State, step: int = 1
     ) -> Generator[tuple[list[Batch], State], None, None]:
         """Endless (micro-batches of this rank, state after them), from step `step` on. Closing the
-        iterator stops the workers; what they have read ahead is thrown away. Raises DataError and
-        NodeError."""
+        iterator stops the workers; what they have read ahead is thrown away. The state's quarantine
+        gains what this rank met; ranks merge theirs. Raises DataError and NodeError."""
+        known: list[Entry] = state["quarantine"]
+        self._samples.condemn(known)
         if self.data.workers == 0:
-            for mine, after in self._plan(state, step):
-                yield as_batches(self._samples.rows(mine), self.micro_batch), after
+            try:
+                for mine, after in self._plan(state, step):
+                    rows, met = self._samples.rows(mine)
+                    known = merged(known, met)
+                    yield as_batches(rows, self.micro_batch), {**after, "quarantine": known}
+            finally:
+                self._samples.opened().close()
             return
         loader = DataLoader(
             self._samples,
             batch_sampler=_Plan(self, state, step),
             num_workers=self.data.workers,
-            collate_fn=_as_read,
+            collate_fn=as_read,
             prefetch_factor=PREFETCH,
             multiprocessing_context="forkserver",  # a fork after backward may hang
             generator=torch.Generator(),  # or the loader would draw from the global one
-            worker_init_fn=_live_with_parent,
+            worker_init_fn=live_with_parent,
         )
-        with _stop_signals_blocked():
-            rows = iter(loader)  # starts the workers
+        with stop_signals_blocked():
+            loaded = iter(loader)  # starts the workers
         for _, after in self._plan(state, step):
             try:
-                read = next(rows)
+                read = next(loaded)
             except (RuntimeError, OSError, EOFError) as e:
                 raise NodeError(
                     f"data worker: {e}",
@@ -305,7 +351,8 @@ class TrainStream:
                 ) from e
             if isinstance(read, TitansError):
                 raise read
-            yield as_batches(read, self.micro_batch), after
+            known = merged(known, read[1])
+            yield as_batches(read[0], self.micro_batch), {**after, "quarantine": known}
 
     def _plan(self, state: State, step: int) -> Iterator[tuple[NDArray[np.int64], State]]:
         """This rank's sample numbers, step by step from `step`, and the state after each step."""
@@ -327,48 +374,6 @@ class _Plan:
     def __iter__(self) -> Iterator[list[int]]:
         for samples, _ in self.stream._plan(self.state, self.step):
             yield samples.tolist()
-
-
-@contextlib.contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
-    """Processes started meanwhile never see the signals that ask a run to stop.
-
-    Such a signal often goes to the whole process group (Ctrl-C in a terminal, a scheduler's
-    warning). The rank then still finishes its step and saves; its loaders must live that long.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
-    try:
-        # The processes behind the workers start here as well. The first of them is started by code
-        # that leaves two of the signals unblocked in this one.
-        resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _live_with_parent(_: int) -> None:
-    """In a worker: ends it with the rank that started it, or at that rank's word.
-
-    A forkserver's children do not see that the process that asked for them is gone (torch looks at
-    their parent, which is the server): after a kill -9 they would stay for ever.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # the server may have been there before
-
-    def watch() -> None:
-        while parent.is_alive():
-            told = signal.sigtimedwait({signal.SIGTERM}, 1.0)
-            if told is not None and told.si_pid == parent.pid:
-                break
-        os._exit(0)
-
-    threading.Thread(target=watch, name="live-with-parent", daemon=True).start()
-
-
-def _as_read(rows: Any) -> Any:
-    return rows
 
 
 def _facts(state: State) -> dict[str, Any]:
