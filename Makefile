@@ -9,7 +9,7 @@ TORCH := $(shell grep '^torch==' requirements.txt)
 # What the set-up of deepspeed (a source package) imports, beside torch.
 BUILD := setuptools wheel numpy ninja packaging py-cpuinfo psutil pydantic
 
-.PHONY: pretrain environment dev test test-fast lint format fuzz bench tensorboard gpu-check clean
+.PHONY: pretrain environment dev test test-fast lint format fuzz bench board gpu-check clean
 
 pretrain: environment data/demo/manifest.json
 	$(BIN)/titans-pretrain train configs/demo.yaml folder=$(RUN) $(if $(RANKS),--ranks $(RANKS)) $(ARGS)
@@ -63,8 +63,9 @@ bench: environment
 	$(BIN)/titans-pretrain bench memory $(ARGS)
 	$(BIN)/titans-pretrain bench data $(ARGS)
 
-tensorboard: environment
-	$(BIN)/tensorboard --logdir $(dir $(RUN))
+# TensorBoard on all runs beside RUN; opens best at /#custom_scalars. Keeps every picture and text.
+board: environment
+	$(BIN)/tensorboard --logdir $(dir $(RUN)) --samples_per_plugin images=200,text=1000 $(ARGS)
 
 # Checks and times a machine with a CUDA GPU, in five minutes; leaves runs/gpu-check/report.md.
 gpu-check: environment

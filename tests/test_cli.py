@@ -44,7 +44,7 @@ def config(tmp_path):
 def test_help_names_every_command_before_any_engine_is_imported():
     out = _cli("--help")
     assert out.returncode == 0, out.stderr
-    for command in ("prepare", "tokenizer", "train", "inspect", "bench", "plot"):
+    for command in ("prepare", "tokenizer", "train", "inspect", "bench", "plot", "generate"):
         assert re.search(rf"\n    {command}\s", out.stdout)
     assert out.stdout.splitlines()[-1] == "loaded"
     help_of_train = _cli("train", "--help")

@@ -49,6 +49,7 @@ RUN = {
     "train CONFIG --ranks": f"{SMALL_MODEL} folder=runs/ranks {OWN_DATA} --ranks 2",
     "titans-pretrain inspect": "",
     "titans-pretrain plot": "",
+    "titans-pretrain generate": "--tokens 4",
     "titans-pretrain bench memory": "--quick --repeats 1",
     "titans-pretrain bench data": "--help",  # its own test runs it: it judges the machine's speed
     "titans-pretrain gpu-check": "--help",  # minutes, and held by its own test

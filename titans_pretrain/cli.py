@@ -24,6 +24,7 @@ from titans_pretrain.errors import EXIT_DONE, EXIT_NODE, ConfigError, TitansErro
 _ELSEWHERE = {
     "prepare": ("text to token shards", "titans_pretrain.data.prepare_command"),
     "tokenizer": ("train, inspect or import a tokenizer", "titans_pretrain.data.tokenizer_command"),
+    "generate": ("write text with a trained model", "titans_pretrain.evaluate.generate_command"),
     "gpu-check": ("check and time this machine's GPU", "titans_pretrain.gpu_check"),
 }
 _BENCHMARKS = {
