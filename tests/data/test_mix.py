@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from titans_pretrain.config import weight_at
@@ -81,10 +81,8 @@ def test_any_sample_alone_is_as_among_others(points, samples):
         assert counts.tolist() == np.bincount(source[:sample], minlength=len(points)).tolist()
 
 
-@given(
-    points=schedules(),
-    sample=st.integers(0, module.LAST),
-)
+@given(points=schedules(), sample=st.integers(0, module.LAST))
+@example(points=[[(0, 1.0)]] * 3, sample=module.LAST)  # thirds are no whole units
 def test_neighbours_stay_apart_far_out(points, sample):
     """Frames far away: each sample in the frame whose quotas hold it."""
     mix = Mix(points, "k")

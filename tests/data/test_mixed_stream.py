@@ -28,15 +28,16 @@ def folders(tmp_path_factory):
     return {name: root / name for name in ("a", "b", "late")}
 
 
-def stream(folders, rank=0, size=1, weights=WEIGHTS, align=16, **more):
+def stream(folders, rank=0, size=1, weights=WEIGHTS, align=16, rows=None, total=GLOBAL, **more):
     sources = {name: (folder, weights[name]) for name, folder in folders.items()}
     return TrainStream(
         data(sources, **more),
-        global_batch=GLOBAL,
+        global_batch=total,
         micro_batch=1,
         align=align,
         dp_rank=rank,
         dp_size=size,
+        rows=rows,
     )
 
 
@@ -64,6 +65,22 @@ def reference(folders):
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
 def test_any_number_of_ranks_reads_the_same(folders, reference, size):
     assert hashes(folders, size) == reference
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+def test_a_growing_batch_on_any_number_of_ranks(folders, size):
+    def read(size):
+        ranks = [
+            stream(folders, rank, size, rows=lambda step: GLOBAL * (1 + (step > 2)), total=48)
+            for rank in range(size)
+        ]
+        together = zip(*(s.batches(at(s, 1480)) for s in ranks))
+        for step in itertools.islice(together, STEPS):
+            yield batch_hash(b for batches, _ in step for b in batches), step[0][1]["next_sample"]
+
+    found = list(read(size))
+    assert [after - 1480 for _, after in found] == [24, 48, 96, 144]
+    assert found == list(read(1))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -201,7 +218,7 @@ def test_one_source_reads_what_it_always_did(tmp_path):
     )
     assert batch_hash(rows)[:16] == "3c31b79abb7da0a3"
     address = Order(one._samples.opened().orders[0].blocks, f"{manifest.hash}:5").locate([0, 999])
-    _, shard, block = one._samples.opened().locate(np.array([0, 999]))
+    *_, shard, block = one._samples.opened().locate(np.array([0, 999]))
     assert (shard.tolist(), block.tolist()) == (address.shard.tolist(), address.block.tolist())
 
 
