@@ -134,7 +134,8 @@ def open_stream(config: RunConfig, world: World) -> TrainStream:
         vocab_size=config.model.vocab_size,
         rows=config.train.rows,
     )
-    stream.manifest.require_tokenizer()
+    for manifest in stream.manifests.values():
+        manifest.require_tokenizer()
     return stream
 
 
@@ -236,7 +237,8 @@ def tell_differences(config: RunConfig, world: World, state: dict[str, Any]) -> 
                 "%s were %s, are %s: the run goes on, but not bitwise", key, state[key], value
             )
     before, after = (
-        dict(checkpoint.flatten({k: v for k, v in tree.items() if k in TRAINING}))
+        checkpoint.flatten({k: v for k, v in tree.items() if k in TRAINING})
+        | {"data.validation": tree["data"].get("validation") or {}}
         for tree in (state["config"], config.model_dump(mode="json"))
     )
     for key in sorted(before.keys() | after.keys()):
@@ -244,7 +246,9 @@ def tell_differences(config: RunConfig, world: World, state: dict[str, Any]) -> 
             log.warning("%s was %s, is %s", key, before.get(key), after.get(key))
 
 
-TRAINING = ("optim", "train")  # sections whose change alters the training that follows
+# Sections whose change alters the training that follows. (Other validation sets make validation
+# losses, and so the best checkpoint, of another kind.)
+TRAINING = ("optim", "train")
 
 
 def random_state() -> dict[str, torch.Tensor]:
