@@ -103,6 +103,11 @@ def test_a_run_over_two_sources_and_two_validation_sets(
         assert record["validation/loss"] == pytest.approx(pooled, rel=1e-12)
         assert "validation/wide/perplexity" in record
 
+    log = (Path(whole["folder"]) / "logs" / "rank-00000.log").read_text()
+    losses = f"other {last['validation/other/loss']:.4f}, wide {last['validation/wide/loss']:.4f}"
+    assert f"validation at step {STEPS}: loss {last['validation/loss']:.4f}, ppl " in log
+    assert f"({losses})" in log
+
     changed = tree(tmp_path / "whole", folders, data__seed=1)
     changed["train"]["steps"] = STEPS + 2
     changed["data"]["sources"]["narrow"]["weight"] = 2.0

@@ -143,7 +143,11 @@ class Watch:
             self._seen = None
         if at.validation_loss is not None:
             ppl = math.exp(min(at.validation_loss, 700.0))
-            logger.info("validation at step %d: loss %.4f, ppl %.2f", step, at.validation_loss, ppl)
+            line = f"validation at step {step}: loss {at.validation_loss:.4f}, ppl {ppl:.2f}"
+            if len(at.validation_by_set) > 1:
+                each = (f"{name} {loss:.4f}" for name, loss in at.validation_by_set.items())
+                line += f" ({', '.join(each)})"
+            logger.info(line)
         if step % log.console_every == 0 or last:
             line = self._progress.line(step, at.tokens, report.loss, report.lr, report.grad_norm)
             logger.info(line)
