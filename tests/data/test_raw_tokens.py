@@ -141,7 +141,7 @@ def test_a_folder_of_bytes_goes_through_the_whole_stack(tmp_path, capsys):
             data_config(out), global_batch=2, micro_batch=2, align=8, vocab_size=200
         )
         next(small.batches(small.start()))
-    found = fit_baselines(out, sequence_length=64, align=8)
+    found = fit_baselines(data_config(out), align=8)
     assert 0 < found.bigram < found.unigram < np.log(259)
 
     (out / "tokenizer.model").write_bytes(Tokenizer.load("bytes").model.replace(b"258", b"255"))
