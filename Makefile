@@ -9,7 +9,7 @@ TORCH := $(shell grep '^torch==' requirements.txt)
 # What the set-up of deepspeed (a source package) imports, beside torch.
 BUILD := setuptools wheel numpy ninja packaging py-cpuinfo psutil pydantic
 
-.PHONY: pretrain environment dev test test-fast lint format fuzz bench board gpu-check clean
+.PHONY: pretrain environment dev test test-fast lint format fuzz golden bench board gpu-check clean
 
 pretrain: environment data/demo/manifest.json
 	$(BIN)/titans-pretrain train configs/demo.yaml folder=$(RUN) $(if $(RANKS),--ranks $(RANKS)) $(ARGS)
@@ -58,6 +58,10 @@ format: dev
 # Fresh random cases of the property tests, more of them.
 fuzz: dev
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+# Records the golden curves anew; tests/golden/record.py says when that is right.
+golden: dev
+	$(BIN)/python -m tests.golden.record
 
 bench: environment
 	$(BIN)/titans-pretrain bench memory $(ARGS)
