@@ -154,6 +154,25 @@ class SourceConfig(SetConfig):
     # Share in the mix, relative to the other sources': a number, or points [sample number, weight]
     # with straight lines between them, constant beyond the first and the last.
     weight: float | list[tuple[int, float]] = 1.0
+    # Read tars of texts as they are, weaker in several ways (data/streaming.py): `path` is a folder
+    # of .tar files, or URLs with braces; `tokenizer` a .model file, bytes or integers:VOCAB.
+    stream: bool = False
+    tokenizer: str | None = None
+    virtual_workers: Positive = 64  # of a streamed source; data-parallel ranks divide them
+
+    @model_validator(mode="after")
+    def _streamed(self) -> SourceConfig:
+        if self.stream and self.tokenizer is None:
+            raise ValueError(
+                f"a source with stream: true and no tokenizer ({self.path}); texts are tokenized "
+                "as they come; name a .model file as its tokenizer"
+            )
+        if not self.stream and self.tokenizer is not None:
+            raise ValueError(
+                f"a source with a tokenizer and no stream: true ({self.path}); a prepared folder "
+                "holds its tokenizer; leave it out, or set stream: true"
+            )
+        return self
 
     @property
     def points(self) -> list[tuple[int, float]]:
@@ -219,6 +238,17 @@ class DataConfig(Section):
                         "each has a folder of its own; leave one out"
                         + (" and give the other both weights" if kind == "sources" else "")
                     )
+        for name, source in self.sources.items():
+            if source.stream and len(self.sources) > 1:
+                raise ValueError(
+                    f"data.sources.{name}.stream=true among {len(self.sources)} sources; a "
+                    "streamed source cannot be mixed; prepare it (titans-pretrain prepare)"
+                )
+            if source.stream and self.on_bad == "quarantine":
+                raise ValueError(
+                    f"data.on_bad=quarantine, data.sources.{name}.stream=true; only prepared "
+                    "sources know what a shard should hold; prepare it, or leave on_bad out"
+                )
         edges = sorted({n for source in self.sources.values() for n, _ in source.points})
         for n in edges:
             if not any(weight_at(source.points, n) for source in self.sources.values()):
@@ -361,6 +391,13 @@ class RunConfig(Section):
             raise ValueError(
                 f"model.memory.chunk={align}; documents are padded to one of {ALIGNMENTS}; "
                 "use one of these chunks"
+            )
+        streamed = [name for name, source in self.data.sources.items() if source.stream]
+        if streamed and self.validation.every and not self.data.validation:
+            raise ValueError(
+                f"data.sources.{streamed[0]}.stream=true, validation.every="
+                f"{self.validation.every}; a streamed source has no validation split; name "
+                "prepared folders in data.validation, or set validation.every=0"
             )
         if self.train.global_batch % self.train.micro_batch:
             raise ValueError(

@@ -20,7 +20,7 @@ from titans_pretrain.data.batch import Batch
 from titans_pretrain.data.manifest import Manifest
 from titans_pretrain.data.quarantine import new_entries
 from titans_pretrain.data.sources import validation_sets
-from titans_pretrain.data.stream import TrainStream
+from titans_pretrain.data.streaming import Stream, open_batches
 from titans_pretrain.data.validation import validation_batches
 from titans_pretrain.describe import describe_run
 from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED, ConfigError, NodeError, TitansError
@@ -87,6 +87,7 @@ def run_training(
             stopping, timed = agree_to_go_on(world, trouble, stop.requested, bool(timed))
             leave = stopping or at.step >= last
             if leave or timed or due(at.step, config.checkpoint.every_steps, 0):
+                at = replace(at, data=stream.complete(at.data, world.gather_objects))
                 save(config, home, world, step, at, watch)
                 saved_time = time.monotonic()
         if at.step < config.train.steps:
@@ -123,8 +124,8 @@ def due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def open_stream(config: RunConfig, world: World) -> TrainStream:
-    stream = TrainStream(
+def open_stream(config: RunConfig, world: World) -> Stream:
+    return open_batches(
         config.data,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
@@ -134,17 +135,14 @@ def open_stream(config: RunConfig, world: World) -> TrainStream:
         vocab_size=config.model.vocab_size,
         rows=config.train.rows,
     )
-    for manifest in stream.manifests.values():
-        manifest.require_tokenizer()
-    return stream
 
 
-def open_validation(config: RunConfig, stream: TrainStream) -> dict[str, Manifest]:
+def open_validation(config: RunConfig, stream: Stream) -> dict[str, Manifest]:
     """The sets to validate on, where the run validates."""
     return validation_sets(config.data, stream.manifests) if config.validation.every else {}
 
 
-def with_vocabulary(config: RunConfig, stream: TrainStream) -> RunConfig:
+def with_vocabulary(config: RunConfig, stream: Stream) -> RunConfig:
     """`config` with the vocabulary's size resolved from the data."""
     have, need = config.model.vocab_size, stream.manifest.vocab_size
     if have is not None and have < need:
@@ -199,7 +197,7 @@ def resume(
     folder: RunFolder,
     world: World,
     step: TrainStep,
-    stream: TrainStream,
+    stream: Stream,
     init_from: str | None,
 ) -> Progressed:
     """Loads the newest undamaged checkpoint, or the weights of `init_from`, or starts afresh."""
@@ -263,7 +261,7 @@ def versions() -> dict[str, str]:
 def fetch(
     world: World,
     batches: Iterator[tuple[list[Batch], dict[str, Any]]],
-    stream: TrainStream,
+    stream: Stream,
     before: dict[str, Any],
 ) -> tuple[list[Batch], dict[str, Any]]:
     """The next step's micro-batches of this rank, and the stream's state after them as all ranks
@@ -367,7 +365,7 @@ def announce(
     config: RunConfig,
     world: World,
     step: TrainStep,
-    stream: TrainStream,
+    stream: Stream,
     at: Progressed,
     home: Home,
     watch: Watch,
@@ -376,6 +374,7 @@ def announce(
     """Says in a few lines what is about to run, and in TensorBoard's texts at length."""
     parameters = sum(p.numel() for p in step.model.parameters())
     tokens = config.train.global_batch * config.data.sequence_length
+    known = sum(m.splits["train"].tokens for m in stream.manifests.values())  # 0: streamed
     log.info(
         "%s, life %d: %s, %s parameters, %d ranks on %s, %d threads each, %s",
         config.folder,
@@ -389,7 +388,7 @@ def announce(
     )
     log.info(
         "%s training tokens; steps %d to %d of %s tokens (%d micro-batches on each rank)",
-        f"{sum(m.splits['train'].tokens for m in stream.manifests.values()):,}",
+        f"{known:,}" if known else "an unknown number of",
         at.step + 1,
         config.train.steps,
         f"{tokens:,}",

@@ -26,14 +26,13 @@ from titans_pretrain.data.order import Order, take
 from titans_pretrain.data.quarantine import Entry, Substitutes, agreed, members_of, merged
 from titans_pretrain.data.shards import BlockReader
 from titans_pretrain.data.sources import load_sources
+from titans_pretrain.data.state import VERSION, State, differences
 from titans_pretrain.errors import ConfigError, DataError, NodeError, TitansError
 
 __all__ = ["Batch", "TrainStream", "batch_hash", "concatenate"]
 
-VERSION = 1
 PREFETCH = 2  # batches read ahead by each worker
 
-State = dict[str, Any]
 Rows = tuple[Tensor, ...]
 Read = tuple[Rows, list[Entry]]  # the rows, and what was found bad on the way to them
 
@@ -257,25 +256,7 @@ class TrainStream:
         tokenizer, seed, sequence length or alignment, unless `data.allow_changed` is set.
         """
         now = self.start()
-        if saved.get("version") != VERSION:
-            raise DataError(
-                f"stream state of version {saved.get('version')}",
-                f"this program resumes version {VERSION}",
-                "resume with the program that wrote the checkpoint",
-            )
-        before, after = _facts(saved), _facts(now)
-        changes = [
-            f"{key}: was {_short(before.get(key))}, is {_short(after.get(key))}"
-            for key in dict.fromkeys([*before, *after])
-            if before.get(key) != after.get(key)
-        ]
-        if changes and not self.data.allow_changed:
-            raise DataError(
-                f"resuming with changed data: {'; '.join(changes)}",
-                "a run goes on with the data order it began with",
-                "restore the data or the config; or set data.allow_changed=true to go on at the "
-                "same sample number of the new order",
-            )
+        changes = differences(saved, now, self.data.allow_changed)
         kept = {key: saved[key] for key in ("next_sample", "skips", "quarantine")}
         if any("manifest" in change for change in changes):
             kept["quarantine"] = []  # it names members of the old tables
@@ -306,6 +287,10 @@ class TrainStream:
         limit = self.data.max_bad
         quarantine = agreed(before["quarantine"], told, self.manifests, limit)
         return {**after, "quarantine": quarantine}
+
+    def complete(self, state: State, gather: Callable[[Any], Sequence[Any]]) -> State:
+        """The state to save: every rank has the whole of it already."""
+        return state
 
     def skip(self, state: State, start: int, stop: int) -> State:
         """The state with the samples [start, stop) left out from now on."""
@@ -374,22 +359,3 @@ class _Plan:
     def __iter__(self) -> Iterator[list[int]]:
         for samples, _ in self.stream._plan(self.state, self.step):
             yield samples.tolist()
-
-
-def _facts(state: State) -> dict[str, Any]:
-    """What fixes the order of the samples: name -> value."""
-    facts = {key: state[key] for key in ("tokenizer", "seed", "seq_len", "align")}
-    if "manifest" in state:
-        return {"manifest": state["manifest"], **facts}
-    sources = {
-        f"sources.{name}.{key}": value
-        for name, source in state["sources"].items()
-        for key, value in source.items()
-    }
-    return {**sources, **facts}
-
-
-def _short(value: object) -> str:
-    if value is None:
-        return "absent"
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 16 else str(value)

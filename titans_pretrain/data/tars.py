@@ -41,7 +41,7 @@ def read_tar(file: InputFile, reading: Reading, start: int) -> Iterator[Document
     with opened(file) as stream:
         try:
             for sample in webdataset.tariterators.group_by_keys(_members(file, stream)):
-                for document in _documents(sample, file, reading, number):
+                for document in sample_documents(sample, file, reading, number):
                     number += 1
                     if document.offset >= start:
                         yield document
@@ -74,9 +74,10 @@ def _members(file: InputFile, stream: IO[bytes]) -> Iterator[dict[str, Any]]:
             tar.members = []  # type: ignore[attr-defined]  # or it keeps them all
 
 
-def _documents(
+def sample_documents(
     sample: dict[str, Any], file: InputFile, reading: Reading, number: int
 ) -> Iterator[Document]:
+    """The documents of a sample, numbered from `number`; or a bad one that says why it has none."""
     where = f"{file.name} sample {sample['__key__']}"
     found: list[tuple[str, bytes]] = []
     for kind in MEMBERS[reading.content]:
