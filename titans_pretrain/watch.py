@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import logging
 import math
 import re
@@ -225,4 +226,5 @@ def as_markdown(samples: Sequence[Sample]) -> str:
 
 def plain(text: str) -> str:
     """Text that Markdown shows as it stands, with its line breaks."""
-    return re.sub(r"([^\w\s])", r"\\\1", text).replace("\n", "  \n")
+    escaped = re.sub(r"([\\`*_{}\[\]()#+.!|-])", r"\\\1", html.escape(text, quote=False))
+    return escaped.replace("\n", "<br>")

@@ -15,11 +15,14 @@ Charts = dict[str, list[Any]]  # title -> ["Multiline", regular expressions on t
 def layout(config: RunConfig) -> dict[str, Charts]:
     """Category -> its charts, for the curves that a run of `config` records."""
     sets = config.data.validation or config.data.sources
+    phases = r"time/(step|data_wait|forward_backward|optimizer|watch)_s$"
     training = {
         "loss: training, validation": _lines(r"train/loss$", r"validation/loss$"),
         "perplexity: training, validation": _lines(r"(train|validation)/perplexity$"),
         "gradient norm (before clipping)": _lines(r"train/grad_norm$"),
         "learning rate": _lines(r"train/lr$"),
+        "tokens a second": _lines(r"speed/tokens_per_s$"),
+        "seconds of a step, by phase": _lines(phases),
     }
     if len(config.data.sources) > 1:
         training["training loss, by source"] = _lines(r"train_loss_by_source/.*")
@@ -33,16 +36,9 @@ def layout(config: RunConfig) -> dict[str, Charts]:
         "alpha, forgetting (median)": _lines(r"memory_alpha/.*\.p50$"),
         "stability radius (stable below 1)": _lines(r"memory_radius/.*"),
     }
-    phases = r"time/(step|data_wait|forward_backward|optimizer)_s$"
-    speed = {
-        "tokens a second": _lines(r"speed/tokens_per_s$"),
-        "seconds of a step, by phase": _lines(phases),
-        "seconds of checkpoints; of watching, a step": _lines(r"time/(checkpoint|watch)_s$"),
-    }
     if config.model.variant == "transformer" or not config.log.memory_every:
-        memory = {}
-    board = {"Training": training, "Memory": memory, "Speed": speed}
-    return {category: charts for category, charts in board.items() if charts}
+        return {"Training": training}
+    return {"Training": training, "Memory": memory}
 
 
 def _lines(*tags: str) -> list[Any]:
