@@ -176,33 +176,38 @@ def test_a_hostile_checkpoint_with_right_checksums_is_refused(
 
 def full_disk(tree: dict[str, Any], what: str) -> tuple[int, str]:
     """The disk fills up while the run is under way; seen by rank 0 alone."""
-    from titans_pretrain.run import files, metrics
+    from titans_pretrain.run import files, lines, metrics
 
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     if what == "metrics":
-        append = metrics.Metrics._append
+        write = lines.Lines._write
 
         def later(self: Any, line: bytes) -> None:
             if json.loads(line)["step"] == 3:
                 refuse()
-            append(self, line)
+            write(self, line)
 
-        metrics.Metrics._append = later  # type: ignore[method-assign]
+        lines.Lines._write = later  # type: ignore[method-assign]
+    elif what == "events":  # told by rank 0 once the checkpoint is there
+        tree = {**tree, "log": {**tree["log"], "tensorboard": True}}
+        metrics.Metrics._add_texts = (  # type: ignore[method-assign]
+            lambda self, step, texts: refuse() if "events/checkpoint" in texts else None
+        )
     else:
         files.atomic_write = refuse  # type: ignore[assignment]
         checkpoint._write = refuse  # type: ignore[assignment]
     return attempt(tree)
 
 
-@pytest.mark.parametrize("what", ["metrics", "checkpoint"])
+@pytest.mark.parametrize("what", ["metrics", "events", "checkpoint"])
 def test_a_full_disk_ends_every_rank_with_76(what: str, data: Path, tmp_path: Path) -> None:
-    tree = small(tmp_path / "run", data, checkpoint__every_steps=2 if what == "metrics" else 0)
+    tree = small(tmp_path / "run", data, checkpoint__every_steps=0 if what == "checkpoint" else 2)
     for code, message in run_world(full_disk, 2, tree, what):
         assert code == 76 and "No space left" in message
     left = checkpoint.list_steps(tmp_path / "run" / "checkpoints")
-    assert left == ([2] if what == "metrics" else [])
+    assert left == ([] if what == "checkpoint" else [2])
     # With room again, the same command finishes the run.
     assert run_world(attempt, 2, tree) == [(0, "")] * 2
 

@@ -56,15 +56,18 @@ class Lines:
 
     def append(self, record: Record) -> None:
         """Appends the whole line, or leaves the file as it was and raises NodeError."""
-        line = left = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
         try:
-            while left:
-                left = left[self._file.write(left) :]
+            self._write(line)
         except OSError as e:
             with contextlib.suppress(OSError):
                 self._file.truncate(self._size)
             raise storage_error(e, f"writing step {record['step']} to {self._path}") from e
         self._size += len(line)
+
+    def _write(self, line: bytes) -> None:
+        while line:
+            line = line[self._file.write(line) :]
 
     def close(self) -> None:
         """Every record is on disk already: a disk that refuses now loses nothing."""
