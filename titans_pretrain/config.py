@@ -368,6 +368,23 @@ class LogConfig(Section):
     sample: SampleConfig = SampleConfig()
 
 
+class ProfileConfig(Section):
+    """A look at some steps of a run, below RUN/profile; it changes no number. Default: none."""
+
+    steps: tuple[Positive, Positive] | None = None  # the first and the last of them
+    ranks: tuple[NonNegative, ...] = (0,)  # that look
+
+    @model_validator(mode="after")
+    def _forward(self) -> ProfileConfig:
+        if self.steps is not None and self.steps[0] > self.steps[1]:
+            first, last = self.steps
+            raise ValueError(
+                f"profile.steps=[{first},{last}]; the first step comes before the last; "
+                f"try profile.steps=[{last},{first}]"
+            )
+        return self
+
+
 class RunConfig(Section):
     folder: str  # everything the run writes
     model: ModelConfig = ModelConfig()
@@ -378,6 +395,7 @@ class RunConfig(Section):
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:

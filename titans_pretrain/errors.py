@@ -43,6 +43,10 @@ class ConfigError(TitansError):
     exit_code = EXIT_CONFIG
 
 
+class OutOfMemoryError(ConfigError):
+    """What the configuration asks for does not fit into memory. Starting again does not help."""
+
+
 class DataError(TitansError):
     """Text, shards, manifests, tokenizers, or a checkpoint's content."""
 

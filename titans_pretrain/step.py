@@ -18,6 +18,7 @@ from titans_pretrain.parallel.layout import Layout
 from titans_pretrain.parallel.pipeline import Schedule, Stage
 from titans_pretrain.parallel.world import World
 from titans_pretrain.parallel.zero import ZeroOptimizer
+from titans_pretrain.phases import phase
 from titans_pretrain.run.optim import learning_rate, param_groups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -62,6 +63,7 @@ def build_model(
 class TrainStep:
     """The step of a run on this rank: the model, the schedule and the optimizer it goes through."""
 
+    @phase("building")
     def __init__(self, config: RunConfig, layout: Layout, world: World) -> None:
         self.config, self.layout, self.world = config, layout, world
         dtype = DTYPES[config.train.precision]
@@ -100,7 +102,8 @@ class TrainStep:
             labels = batch.loss_mask.sum(1).tolist()
             for source, n in zip(batch.source.tolist(), labels, strict=True):
                 counts[source] += n
-        counts = self.world.sum(counts)
+        with phase("count"):
+            counts = self.world.sum(counts)
         tokens = int(sum(counts))
         sums = self.schedule.run(micro_batches, tokens_in_step=tokens)
         if self.world.device.type == "cuda":
@@ -108,9 +111,10 @@ class TrainStep:
         forward_backward = time.perf_counter() - began
 
         # One small reduction tells every rank the loss and whether all is finite.
-        finite = self._gradients_finite()
-        nats = [sums.by_source.get(i, (0.0, 0))[0] for i in range(sources)]
-        *nats, penalty, bad = self.world.sum([*nats, sums.penalty, float(not finite)])
+        with phase("gradient scan"):
+            finite = self._gradients_finite()
+            nats = [sums.by_source.get(i, (0.0, 0))[0] for i in range(sources)]
+            *nats, penalty, bad = self.world.sum([*nats, sums.penalty, float(not finite)])
         loss = sum(nats) / max(1, tokens)
         if bad or not _finite(loss):
             raise self._diverged(step, loss, micro_batches)

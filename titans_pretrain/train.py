@@ -24,8 +24,11 @@ from titans_pretrain.data.streaming import Stream, open_batches
 from titans_pretrain.data.validation import validation_batches
 from titans_pretrain.describe import describe_run
 from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED, ConfigError, NodeError, TitansError
+from titans_pretrain.failing import Failing
 from titans_pretrain.parallel.layout import plan_layout, require_built
 from titans_pretrain.parallel.world import World, start_world
+from titans_pretrain.phases import phase
+from titans_pretrain.profile import Profile, check_profile
 from titans_pretrain.run import checkpoint
 from titans_pretrain.run.console import open_log
 from titans_pretrain.run.folder import RunFolder
@@ -51,26 +54,30 @@ def run_training(
         TitansError: the same kind on every rank.
     """
     require_built(config)
-    with stop_request() as stop, contextlib.ExitStack() as leaving, lost_peers_told():
-        world = start_world(config.train)
+    with stop_request() as stop, contextlib.ExitStack() as leaving, Failing(config) as failing:
+        world = failing.joined(start_world(config.train))
         leaving.callback(world.shut_down)
         layout = plan_layout(config, world.size)
+        check_profile(config.profile, world.size)
         stream = world.agree(lambda: open_stream(config, world))
         sets = world.agree(lambda: open_validation(config, stream))
-        config = with_vocabulary(config, stream)
+        config = failing.config = with_vocabulary(config, stream)
         home = take_folder(config, world, leaving)
-        step = TrainStep(config, layout, world)
+        step = failing.step = TrainStep(config, layout, world)
         at = resume(config, home.folder, world, step, stream, init_from)
         where = (at.step, at.tokens, stream.progress)
         watch = world.agree(lambda: Watch(config, home.folder, world, leaving, sets, *where))
         announce(config, world, step, stream, at, home, watch, init_from)
 
         last = min(config.train.steps, at.step + stop_after if stop_after else math.inf)
+        profile = Profile(config, home.folder.path, world, step.stage, at.step + 1, int(last))
+        leaving.callback(profile.close)
         saved_time = time.monotonic()
         batches = world.agree(lambda: stream.batches(at.data, at.step + 1))
         leaving.callback(batches.close)
         stopping = False
         while at.step < last and not stopping:
+            profile.reach(at.step + 1)
             began = time.perf_counter()
             micro_batches, data = fetch(world, batches, stream, at.data)
             waited = time.perf_counter() - began
@@ -83,7 +90,8 @@ def run_training(
                 at = replace(at, validation_loss=loss, validation_by_set=by_set)
             minutes = (time.monotonic() - saved_time) / 60
             timed = config.checkpoint.every_minutes and minutes >= config.checkpoint.every_minutes
-            trouble = watch.record(at, report, took, waited, step.model)
+            with phase("watch"):
+                trouble = watch.record(at, report, took, waited, step.model)
             stopping, timed = agree_to_go_on(world, trouble, stop.requested, bool(timed))
             leave = stopping or at.step >= last
             if leave or timed or due(at.step, config.checkpoint.every_steps, 0):
@@ -97,26 +105,6 @@ def run_training(
             return EXIT_SAVED
         log.info("done: %d steps, %s tokens", at.step, f"{at.tokens:,}")
         return EXIT_DONE
-
-
-@contextlib.contextmanager
-def lost_peers_told() -> Iterator[None]:
-    """A peer that is gone is a node fault (exit 76): torch tells it as a plain RuntimeError."""
-    try:
-        yield
-    except RuntimeError as e:
-        gone = isinstance(e, torch.distributed.DistError) or any(
-            word in str(e) for word in ("closed by peer", "reset by peer", "refused", "imed out")
-        )
-        if not gone:
-            raise
-        log.warning("lost another rank", exc_info=e)
-        raise NodeError(
-            f"lost another rank: {str(e).strip().splitlines()[0]}",
-            "all ranks live as long as the run",
-            "the first rank to fail says why (logs/); start again: the run goes on from its last "
-            "checkpoint",
-        ) from e
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -192,6 +180,7 @@ def _nothing() -> None:
     return None
 
 
+@phase("loading")
 def resume(
     config: RunConfig,
     folder: RunFolder,
@@ -258,6 +247,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in VERSIONED}
 
 
+@phase("data")
 def fetch(
     world: World,
     batches: Iterator[tuple[list[Batch], dict[str, Any]]],
@@ -300,6 +290,7 @@ def agree_to_go_on(
     return bool(stop_any), bool(timed_first)
 
 
+@phase("validation")
 def validate(
     config: RunConfig, world: World, step: TrainStep, sets: dict[str, Manifest]
 ) -> tuple[float, dict[str, float]]:
@@ -324,6 +315,7 @@ def validate(
     return sum(loss * count for loss, count in by_set.values()) / max(1, labels), losses
 
 
+@phase("checkpoint")
 def save(
     config: RunConfig,
     home: Home,

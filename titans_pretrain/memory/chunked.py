@@ -15,7 +15,13 @@ from torch.autograd.function import once_differentiable
 from titans_pretrain.memory.adjoint import Gradients, part_adjoint
 from titans_pretrain.memory.packing import PackingPlan, plan_documents, plan_rows
 from titans_pretrain.memory.rules import MemorySpec
-from titans_pretrain.memory.state import MemoryState, Norm, check_inputs, first_state
+from titans_pretrain.memory.state import (
+    MemoryState,
+    Norm,
+    check_inputs,
+    first_state,
+    without_autocast,
+)
 from titans_pretrain.memory.sweep import (
     Ends,
     Problem,
@@ -87,7 +93,7 @@ def chunked_memory(
     if state is not None:
         given += [*state.weights, *state.momentum, *(state.anchor or ())]
     gain, bias = (None, None) if norm is None else norm
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         gates = (theta, alpha, eta)
         y, *out = _ChunkedMemory.apply(
             spec, plan, start is not None, q, k, v, *gates, gain, bias, *w_init, *given
@@ -133,7 +139,7 @@ class _ChunkedMemory(torch.autograd.Function):
         spec, plan, layers = ctx.spec, ctx.plan, ctx.spec.depth
         saved = ctx.saved_tensors  # once: under block recompute a second look is an error
         tensors, boundaries = saved[: ctx.given], saved[ctx.given :]
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        with without_autocast(tensors[0]):
             problem, weights, momentum, anchor = _unflatten(spec, plan, ctx.started, tensors)
             dy, *d_out = upstream
             kinds: list[list[Tensor | None]] = [

@@ -6,6 +6,7 @@ Shapes: N rows, H heads, T tokens, d head width, L memory layers; layer l maps a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +100,13 @@ def absolute_weights(
     return state.weights
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """In which autocast is off for the device of x; on the meta device there is none."""
+    if torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
 def memory_forward(
     x: Tensor, weights: Sequence[Tensor], norm: Norm | None, spec: MemorySpec
 ) -> Tensor:
@@ -110,7 +118,7 @@ def memory_forward(
     """
     act = F.gelu if spec.activation == "gelu" else F.silu
     dtype = torch.promote_types(x.dtype, weights[0].dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         x = x.to(dtype)
         out = x @ weights[0].to(dtype)
         for w in weights[1:]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from titans_pretrain.data.batch import Batch
 from titans_pretrain.parallel import compat
+from titans_pretrain.phases import phase
 
 
 @dataclass(frozen=True)
@@ -95,22 +96,26 @@ class Schedule:
 
         def forward_step(batches: Iterator[Batch], stage: nn.Module) -> tuple[torch.Tensor, Any]:
             batch = next(batches)
-            terms = stage(batch, self.device)
-            mask = batch.loss_mask.to(self.device)
+            with phase("forward"):
+                terms = stage(batch, self.device)
+                mask = batch.loss_mask.to(self.device)
 
             def loss(terms: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-                # Select, never multiply: a pad's loss may be anything, even not finite.
-                counted = torch.where(mask, terms, torch.zeros_like(terms))
-                losses.append((counted.detach(), batch))
-                nats, *penalty = counted.unbind()
-                total = nats.sum()
-                for term in penalty:
-                    total = total + coefficient * term.sum()
-                return total * scale, {}
+                with phase("forward"):
+                    # Select, never multiply: a pad's loss may be anything, even not finite.
+                    counted = torch.where(mask, terms, torch.zeros_like(terms))
+                    losses.append((counted.detach(), batch))
+                    nats, *penalty = counted.unbind()
+                    total = nats.sum()
+                    for term in penalty:
+                        total = total + coefficient * term.sum()
+                    return total * scale, {}
 
             return terms, loss
 
-        with compat.cuda_literals(), torch.set_grad_enabled(train):
+        # Forwards are phases of their own; what is left of a training schedule is backward.
+        whole = phase("backward" if train else "forward")
+        with whole, compat.cuda_literals(), torch.set_grad_enabled(train):
             get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=iter(micro_batches),

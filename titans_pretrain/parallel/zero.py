@@ -21,6 +21,7 @@ from torch import nn
 
 from titans_pretrain.parallel import compat
 from titans_pretrain.parallel.layout import Fragment
+from titans_pretrain.phases import phase
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -93,7 +94,12 @@ class ZeroOptimizer:
             # The caller owns accumulation: backwards only add, `step()` reduces once.
             "managed_gradient_accumulation": False,
             "gradient_clipping": clip,
-            "zero_optimization": {"stage": 1, "overlap_comm": False},
+            "zero_optimization": {
+                "stage": 1,
+                "overlap_comm": False,
+                # DeepSpeed allocates a whole bucket in each step: 2 GB by default.
+                "reduce_bucket_size": min(500_000_000, sum(p.numel() for p in model.parameters())),
+            },
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**12,
@@ -123,6 +129,24 @@ class ZeroOptimizer:
                 moment: torch.zeros_like(flat) for moment in MOMENTS
             }
         self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        self._phase = phase("reduce")
+        self._name_phases()
+
+    def _name_phases(self) -> None:
+        """Tells where the engine's step is: reduce, clip, optimizer (a group), .., gather."""
+        reduce = self.engine.allreduce_gradients
+
+        def reduce_gradients(*args: Any, **kwargs: Any) -> None:
+            reduce(*args, **kwargs)
+            self._phase.become("clip")
+
+        def updated(adamw: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            last = adamw.param_groups[-1]["params"][-1] is self._flats[-1]
+            self._phase.become("gather" if last else "clip")
+
+        self.engine.allreduce_gradients = reduce_gradients
+        self.adamw.register_step_pre_hook(lambda *_: self._phase.become("optimizer"))
+        self.adamw.register_step_post_hook(updated)
 
     def step(self, rates: list[float]) -> float:
         """Reduces gradients over data-parallel ranks, clips, updates. One call an optimizer step.
@@ -135,7 +159,9 @@ class ZeroOptimizer:
         """
         for group, rate in zip(self.adamw.param_groups, rates, strict=True):
             group["lr"] = rate
-        self.engine.step()
+        self._phase = phase("reduce")
+        with self._phase:
+            self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
     def local_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:

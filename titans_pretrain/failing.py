@@ -1,0 +1,76 @@
+"""How a run fails when one rank meets trouble that torch tells in its own ways: one message and one
+exit code, on every rank."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from types import TracebackType
+
+import torch
+
+from titans_pretrain.config import RunConfig
+from titans_pretrain.errors import NodeError, TitansError
+from titans_pretrain.out_of_memory import explain, is_out_of_memory
+from titans_pretrain.parallel.peers import Peers
+from titans_pretrain.parallel.world import World
+from titans_pretrain.step import TrainStep
+
+logger = logging.getLogger("titans_pretrain.failing")
+
+_GONE = ("closed by peer", "reset by peer", "refused", "imed out")
+
+
+class Failing:
+    """A block inside which a failed allocation becomes OutOfMemoryError on all ranks, and a peer
+    that is gone becomes its error, or NodeError if it left without a word."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.step: TrainStep | None = None  # once it is built
+        self._world: World | None = None
+        self._peers: Peers | None = None
+
+    def joined(self, world: World) -> World:
+        """From now on there are other ranks to tell."""
+        self._world, self._peers = world, Peers(world)
+        return world
+
+    def __enter__(self) -> Failing:
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None or isinstance(error, TitansError):
+                return
+            if is_out_of_memory(error):
+                raise self._out_of_memory(error)
+            if isinstance(error, RuntimeError) and _peer_gone(error):
+                raise self._lost(error) from error
+        finally:
+            if self._peers is not None:
+                self._peers.close()
+
+    def _out_of_memory(self, error: BaseException) -> TitansError:
+        where = "".join(traceback.format_tb(error.__traceback__)[-4:])
+        logger.warning("out of memory: %s\n%s", error, where)
+        failure = explain(error, self.config, self._world, self.step)
+        if self._peers is not None:
+            self._peers.tell(failure)
+        return failure
+
+    def _lost(self, error: RuntimeError) -> TitansError:
+        logger.warning("lost another rank", exc_info=error)
+        told = self._peers.failure(wait=2.0) if self._peers is not None else None
+        return told or NodeError(
+            f"lost another rank: {str(error).strip().splitlines()[0]}",
+            "all ranks live as long as the run",
+            "the first rank to fail says why (logs/); start again: the run goes on from its last "
+            "checkpoint",
+        )
+
+
+def _peer_gone(error: RuntimeError) -> bool:
+    return isinstance(error, torch.distributed.DistError) or any(w in str(error) for w in _GONE)
