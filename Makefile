@@ -66,6 +66,7 @@ golden: dev
 bench: environment
 	$(BIN)/titans-pretrain bench memory $(ARGS)
 	$(BIN)/titans-pretrain bench data $(ARGS)
+	$(BIN)/titans-pretrain bench step configs/demo.yaml
 
 # TensorBoard on all runs beside RUN; opens best at /#custom_scalars. Keeps every picture and text.
 board: environment

@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from titans_pretrain.config import RunConfig, TrainConfig, parse_config
-from titans_pretrain.data.batch import Batch
+from titans_pretrain.made import made_batches, timed
 from titans_pretrain.memory.chunked import chunked_memory
 from titans_pretrain.memory.problems import (
     PROBLEMS,
@@ -99,42 +98,6 @@ def run_config(task: Task, variant: str, precision: str, *, large: bool = False)
         },
     }
     return parse_config(tree, "gpu-check")
-
-
-def made_row(config: RunConfig, sample: int) -> tuple[Tensor, ...]:
-    """Documents of random lengths from the chunk grid, pads between them. Three tokens in four
-    are a fixed function of the one before, so that there is something to learn."""
-    g = torch.Generator().manual_seed(1000 + sample)
-    length, vocab = config.data.sequence_length, config.model.vocab_size or 0
-    chunk = config.model.memory.chunk
-    text = torch.randint(4, vocab, (length + 1,), generator=g).tolist()
-    bound = (torch.rand(length + 1, generator=g) < 0.75).tolist()
-    for t in range(1, length + 1):
-        text[t] = (5 * text[t - 1] + 7) % (vocab - 4) + 4 if bound[t] else text[t]
-    tokens, labels = torch.tensor(text[:-1]), torch.tensor(text[1:])
-    positions = torch.full((length,), -1)
-    start = 0
-    while start < length:
-        n = min(int(torch.randint(1, length // 2, (), generator=g)), length - start)
-        positions[start : start + n] = torch.arange(n)
-        start += -(-n // chunk) * chunk
-    mask = positions >= 0
-    mask[:-1] &= positions[1:] == positions[:-1] + 1  # the last token of a document has no label
-    tokens[positions < 0] = 3
-    return tokens, labels, positions, mask
-
-
-def made_batches(config: RunConfig, step: int) -> list[Batch]:
-    """The micro-batches of `step` (from 1)."""
-    total, micro = config.train.global_batch, config.train.micro_batch
-    batches = []
-    for first in range(step * total, (step + 1) * total, micro):
-        samples = list(range(first, first + micro))
-        columns = zip(*(made_row(config, s) for s in samples), strict=True)
-        tokens, labels, positions, mask = (torch.stack(c) for c in columns)
-        source = torch.zeros(micro, dtype=torch.int64)
-        batches.append(Batch(tokens, labels, positions, mask, torch.tensor(samples), source))
-    return batches
 
 
 @cache
@@ -250,22 +213,6 @@ def memory_speed(task: Task, case: str) -> dict[str, Any]:
     size = f"{rows} x {tokens} tokens, {heads} heads of {width}; forward alone {forward:.4f} s"
     speed = {"tokens_per_s": rows * tokens / both, "forward_seconds": forward}
     return {**speed, "seconds": both, "peak_bytes": peak, "size": size}
-
-
-def timed(act: Callable[[], Any], device: str, count: int) -> tuple[float, int | None]:
-    """(seconds a call after two to warm up, peak bytes allocated on the device)."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    for _ in range(2):
-        act()
-    wait()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    for _ in range(count):
-        act()
-    wait()
-    seconds = (time.perf_counter() - began) / count
-    return seconds, torch.cuda.max_memory_allocated() if device == "cuda" else None
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ watched runs its own code alone. Wrappers and hooks only look: every number stay
 | memory        | queries, keys, values, gates, retrieval, the write and read, output maps     |
 | mlp           | SwiGLU                                                                       |
 | head and loss | logits, cross entropy                                                        |
-| rest          | all else: norms, residual sums, reading the documents' positions             |
+| rest          | all else: norms, residual sums, reading positions, giving memory back        |
 """
 
 from __future__ import annotations
