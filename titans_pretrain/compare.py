@@ -168,13 +168,11 @@ def compare(path: Path, overrides: Sequence[str], jobs: int | None) -> int:
 
 
 def _outcome(member: Member) -> Outcome:
-    from titans_pretrain.data.manifest import load_manifest
+    from titans_pretrain.data.sources import tokenizer_of
     from titans_pretrain.model.counts import flops_per_token, parameter_count  # seconds: torch
 
     config = member.config
-    vocabulary = config.model.vocab_size or max(
-        load_manifest(source.path).vocab_size for source in config.data.sources.values()
-    )
+    vocabulary = config.model.vocab_size or tokenizer_of(config.data).vocab_size
     model = config.model.model_copy(update={"vocab_size": vocabulary})
     return Outcome(
         member.entry,

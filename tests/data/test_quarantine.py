@@ -247,6 +247,7 @@ def test_draws_come_from_the_window_first():
         assert {shard for shard, _ in near} == set(order.shards_in(window))
         assert all(0 <= block < order.blocks[shard] for shard, block in near)
         assert near == [Order(order.blocks, "key", window=2).draw(sample, n) for n in range(NEAR)]
+    assert [order.draw(0, n) for n in range(NEAR)] != [order.draw(1, n) for n in range(NEAR)]
     far = {order.draw(3, n)[0] for n in range(NEAR, NEAR + 60)}
     assert far == set(range(6))
 

@@ -250,6 +250,16 @@ def test_a_copy_that_the_disk_damaged_is_fetched_again(server, folder, epoch, tm
     assert faulty.fetched().count(shard.file) == 2
 
 
+def test_a_copy_that_lost_its_end_is_fetched_again(server, folder, epoch, tmp_path):
+    faulty, url = server
+    hashes(stream(url, tmp_path), epoch[0])
+    shard = load_manifest(folder).splits["train"].shards[4]
+    with (tmp_path / "shards" / f"{shard.sha256}.{shard.bytes}").open("r+b") as copy:
+        copy.truncate(3000)
+    assert hashes(stream(url, tmp_path), epoch[0]) == epoch[1]
+    assert faulty.requests.count((shard.file, 0)) == 2
+
+
 def test_other_schemes(folder, epoch, tmp_path, monkeypatch):
     """file: is copied, s3: goes through `aws`, and any scheme through a command of one's own."""
     assert hashes(stream(f"file://{folder}", tmp_path / "1"), 3) == epoch[1][:3]

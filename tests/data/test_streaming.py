@@ -310,8 +310,13 @@ def test_a_pipe_that_breaks_is_read_again_up_to_there(folder, tmp_path, monkeypa
     """It cannot go on in the middle; no byte is lost or comes twice."""
     command = tmp_path / "command"
     command.write_text(
-        f'#!/bin/sh\nname=${{1##*/}}\nif [ -e "{tmp_path}/$name" ]; then exec cat "{folder}/$name"\n'
-        f'else touch "{tmp_path}/$name"; head -c 5000 "{folder}/$name"; exit 7; fi\n'
+        f"""#!/bin/sh
+        name=${{1##*/}}
+        if [ -e "{tmp_path}/$name" ]; then exec cat "{folder}/$name"; fi
+        touch "{tmp_path}/$name"
+        head -c 5000 "{folder}/$name"
+        exit 7
+        """
     )
     command.chmod(0o755)
     monkeypatch.setenv("GOPEN_REWRITE", f"s3://bucket=pipe:{command} x")

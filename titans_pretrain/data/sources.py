@@ -8,6 +8,7 @@ from pathlib import Path
 from titans_pretrain.config import DataConfig
 from titans_pretrain.data.manifest import Manifest
 from titans_pretrain.data.mirror import open_source
+from titans_pretrain.data.tokens import Tokenizer
 from titans_pretrain.errors import DataError
 
 TOKENIZER = ("sha256", "vocab_size", "bos", "eos", "pad")
@@ -37,6 +38,14 @@ def load_sources(data: DataConfig, known: Sequence[str] = ()) -> dict[str, Manif
                 "leave one out and give the other both weights",
             )
     return manifests
+
+
+def tokenizer_of(data: DataConfig) -> Tokenizer:
+    """The tokenizer of a run's data: its first source's, which is that of all."""
+    source = next(iter(data.sources.values()))
+    if source.stream:
+        return Tokenizer.load(str(source.tokenizer))
+    return open_source(source.path, data.cache).tokenizer()
 
 
 def validation_sets(

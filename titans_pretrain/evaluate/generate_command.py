@@ -141,18 +141,18 @@ def load_model(folder: Path, state: dict[str, Any]) -> tuple[RunConfig, TitansLM
 def load_tokenizer(config: RunConfig, folder: str | None) -> Tokenizer:
     """The tokenizer of a prepared folder: the one given, or the run's first source."""
     from titans_pretrain.data.manifest import load_manifest
+    from titans_pretrain.data.sources import tokenizer_of
 
     place = folder or next(iter(config.data.sources.values())).path
     try:
-        manifest = load_manifest(place)
-        tokenizer = manifest.tokenizer()
+        tokenizer = load_manifest(folder).tokenizer() if folder else tokenizer_of(config.data)
     except DataError as e:
         raise DataError(
             e.value, e.rule, "run it where the run was started, or give --tokenizer FOLDER"
         ) from e
-    if manifest.vocab_size > (config.model.vocab_size or 0):
+    if tokenizer.vocab_size > (config.model.vocab_size or 0):
         raise ConfigError(
-            f"{place}: a tokenizer of {manifest.vocab_size} pieces, a model of "
+            f"{place}: a tokenizer of {tokenizer.vocab_size} pieces, a model of "
             f"{config.model.vocab_size}",
             "the model knows every piece of the tokenizer",
             "give the folder that the model was trained on with --tokenizer",
