@@ -205,7 +205,8 @@ class DataConfig(Section):
     seed: int = 0
     workers: NonNegative = 1  # loader processes of each rank
     cache: CacheConfig = CacheConfig()
-    # What stays missing, cut or damaged: stop, or leave it out and read other rows in its place.
+    # What stays missing, cut or damaged: stop, or leave it out and train on other rows in its place
+    # (validation stops in any case).
     on_bad: Literal["stop", "quarantine"] = "stop"
     max_bad: Fraction = 0.01  # quarantine: a larger share of a source's members stops the run
     allow_changed: bool = False  # resume although sources, tokenizer or sequence length changed
