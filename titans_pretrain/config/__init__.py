@@ -1,0 +1,48 @@
+"""The whole run as one frozen, validated tree: RunConfig.
+
+defaults <- YAML file <- `a.b=c` on the command line. Unknown keys are refused with their path and
+the nearest known name; the resolved tree is saved with the run and with each checkpoint. It is
+handed down, never fetched, never changed. Imports neither torch nor any engine.
+"""
+
+from titans_pretrain.config.data import CacheConfig, DataConfig, SetConfig, SourceConfig, weight_at
+from titans_pretrain.config.load import apply_override, dump_config, load_config, parse_config
+from titans_pretrain.config.model import MemoryConfig, ModelConfig
+from titans_pretrain.config.run import (
+    CheckpointConfig,
+    LogConfig,
+    OptimConfig,
+    ParallelConfig,
+    ProfileConfig,
+    RampConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from titans_pretrain.config.section import ALIGNMENTS
+
+__all__ = [
+    "ALIGNMENTS",
+    "CacheConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "LogConfig",
+    "MemoryConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "ProfileConfig",
+    "RampConfig",
+    "RunConfig",
+    "SampleConfig",
+    "SetConfig",
+    "SourceConfig",
+    "TrainConfig",
+    "ValidationConfig",
+    "apply_override",
+    "dump_config",
+    "load_config",
+    "parse_config",
+    "weight_at",
+]

@@ -1,0 +1,183 @@
+"""RunConfig: the whole run as one frozen, validated tree."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from titans_pretrain.config.data import DataConfig
+from titans_pretrain.config.model import ModelConfig
+from titans_pretrain.config.section import (
+    ALIGNMENTS,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Section,
+)
+
+
+class OptimConfig(Section):
+    """AdamW, decay groups, warm-up and schedule."""
+
+    lr: PositiveFloat = 1e-3
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: NonNegative = 0
+    decay_steps: NonNegative = 0  # wsd: steps of the final decay
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    gate_lr_scale: PositiveFloat = 1.0  # gates of the memory: their own rate and decay
+    gate_weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    init_lr_scale: PositiveFloat = 1.0  # learned initial fast weights: likewise
+    init_weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: PositiveFloat = 1.0
+
+
+class RampConfig(Section):
+    """A batch that grows evenly, in whole multiples of its first size."""
+
+    start: Positive  # rows of the first step; a divisor of global_batch
+    steps: Positive  # steps of growth; after them every step has global_batch rows
+
+
+class TrainConfig(Section):
+    steps: Positive = 1000
+    global_batch: Positive = 8  # rows of sequence_length tokens in one optimizer step
+    micro_batch: Positive = 8  # rows in one forward-backward of one rank
+    ramp: RampConfig | None = None  # smaller batches at first; default: none
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    recompute: Literal["none", "blocks"] = "none"  # activation checkpointing
+    # Times (log sum exp logits)^2, added to each label's loss in training (e.g. 1e-4).
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: NonNegative = 0  # CPU threads of a rank; 0: cores divided by ranks on this machine
+
+    def rows(self, step: int) -> int:
+        """Rows of step number `step` (from 1) over all ranks: a function of the step alone."""
+        if self.ramp is None or step > self.ramp.steps:
+            return self.global_batch
+        levels = self.global_batch // self.ramp.start
+        return self.ramp.start * (1 + (step - 1) * (levels - 1) // self.ramp.steps)
+
+
+class ParallelConfig(Section):
+    """How ranks divide the model; data parallelism takes what is left of the world."""
+
+    tensor: Positive = 1  # ranks that share each layer's heads and MLP columns
+
+
+class ValidationConfig(Section):
+    every: NonNegative = 100  # steps; 0: never
+    rows: NonNegative = 0  # rows of the validation split; 0: all of it
+
+
+class CheckpointConfig(Section):
+    every_steps: NonNegative = 100
+    every_minutes: Annotated[float, Field(ge=0)] = 0.0
+    keep_last: Positive = 2
+    keep_best: bool = True  # by validation loss
+    keep_every: NonNegative = 0  # steps; keep each n-th for good
+
+
+class SampleConfig(Section):
+    """Text that the model writes at each validation."""
+
+    tokens: Annotated[int, Field(ge=0, le=1024)] = 32  # of each text; 0: none is written
+    # Default: the beginning of a document of the validation split.
+    prompts: list[str] = Field(default=[], max_length=16)
+    temperature: Annotated[float, Field(ge=0)] = 0.8  # 0: the likeliest token
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95  # draw among the likeliest, so much in all
+
+
+class LogConfig(Section):
+    every: Positive = 1  # steps between metric records
+    console_every: Positive = 10  # steps between console lines
+    memory_every: NonNegative = 50  # steps between the memory's panels; 0: never
+    tensorboard: bool = True
+    sample: SampleConfig = SampleConfig()
+
+
+class ProfileConfig(Section):
+    """A look at some steps of a run, below RUN/profile; it changes no number. Default: none."""
+
+    steps: tuple[Positive, Positive] | None = None  # the first and the last of them
+    ranks: tuple[NonNegative, ...] = (0,)  # that look
+
+    @model_validator(mode="after")
+    def _forward(self) -> ProfileConfig:
+        if self.steps is not None and self.steps[0] > self.steps[1]:
+            first, last = self.steps
+            raise ValueError(
+                f"profile.steps=[{first},{last}]; the first step comes before the last; "
+                f"try profile.steps=[{last},{first}]"
+            )
+        return self
+
+
+class RunConfig(Section):
+    folder: str  # everything the run writes
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    profile: ProfileConfig = ProfileConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        t, align = self.data.sequence_length, self.model.alignment
+        if t % align:
+            raise ValueError(
+                f"data.sequence_length={t}, model.memory.chunk={align}; a row must be a whole "
+                f"number of chunks; try data.sequence_length={max(align, t // align * align)}"
+            )
+        if align not in ALIGNMENTS:
+            raise ValueError(
+                f"model.memory.chunk={align}; documents are padded to one of {ALIGNMENTS}; "
+                "use one of these chunks"
+            )
+        streamed = [name for name, source in self.data.sources.items() if source.stream]
+        if streamed and self.validation.every and not self.data.validation:
+            raise ValueError(
+                f"data.sources.{streamed[0]}.stream=true, validation.every="
+                f"{self.validation.every}; a streamed source has no validation split; name "
+                "prepared folders in data.validation, or set validation.every=0"
+            )
+        if self.train.global_batch % self.train.micro_batch:
+            raise ValueError(
+                f"train.global_batch={self.train.global_batch}, train.micro_batch="
+                f"{self.train.micro_batch}; micro-batches must fill the global batch; use a "
+                "micro_batch that divides it"
+            )
+        ramp = self.train.ramp
+        if ramp and (self.train.global_batch % ramp.start or ramp.start % self.train.micro_batch):
+            raise ValueError(
+                f"train.ramp.start={ramp.start}, train.micro_batch={self.train.micro_batch}, "
+                f"train.global_batch={self.train.global_batch}; a batch grows in multiples of "
+                "ramp.start, each whole micro-batches, up to global_batch; use a ramp.start that "
+                "micro_batch divides and that divides global_batch"
+            )
+        o, steps = self.optim, self.train.steps
+        if o.schedule == "wsd" and not o.decay_steps:
+            raise ValueError(
+                "optim.decay_steps=0, optim.schedule=wsd; wsd ends with a decay; set "
+                "optim.decay_steps (about a tenth of the run), or optim.schedule=constant"
+            )
+        if o.schedule == "wsd" and o.warmup_steps + o.decay_steps > steps:
+            raise ValueError(
+                f"optim.warmup_steps={o.warmup_steps} + optim.decay_steps={o.decay_steps} > "
+                f"train.steps={steps}; warm-up and decay must fit into the run; shorten them"
+            )
+        if o.min_lr > o.lr:
+            raise ValueError(
+                f"optim.min_lr={o.min_lr}, optim.lr={o.lr}; the floor lies below the peak; "
+                "lower optim.min_lr"
+            )
+        return self
