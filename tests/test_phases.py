@@ -73,6 +73,49 @@ def hear(config: Any, watched: bool) -> Any:
     return heard, [(r.loss, r.grad_norm) for r in losses], weights
 
 
+def owners(config: Any) -> dict[str, set[str]]:
+    """Autograd node of known parts -> the parts that backward was said to be in when it ran."""
+    world, step = start(config)
+    heard = Heard()
+    found: dict[str, set[str]] = {}
+    known = ("_ChunkedMemory", "ScaledDotProduct", "Silu", "NllLoss", "Embedding")
+
+    def note(node: Any) -> None:
+        if not node.name().startswith(known):
+            return
+        name = next(k for k in known if node.name().startswith(k))
+        node.register_prehook(lambda _: found.setdefault(name, set()).add(heard.parts[-1][1]))
+
+    def every(loss: Any) -> None:
+        seen, todo = set(), [loss.grad_fn]
+        while todo:
+            node = todo.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                note(node)
+                todo += [n for n, _ in node.next_functions]
+
+    (batch, *_) = micro_batches(config, 1, 0, 1)
+    with watch_parts(step.stage, heard):
+        loss = step.stage(batch, world.device).sum()
+        every(loss)
+        loss.backward()
+    world.shut_down()
+    return found
+
+
+@pytest.mark.parametrize("variant", ["transformer", "lmm", "mac", "mag", "mal"])
+def test_backward_is_in_the_part_whose_forward_made_the_node(variant: str) -> None:
+    (found,) = run_world(owners, 1, tiny_config(model__variant=variant))
+    assert found["NllLoss"] == {"head and loss"} and found["Embedding"] == {"embedding"}
+    if variant != "lmm":
+        assert found["ScaledDotProduct"] == {"attention"}
+    if variant != "transformer":
+        assert found["_ChunkedMemory"] == {"memory"}
+    if variant == "transformer":  # elsewhere convolutions have one, too
+        assert found["Silu"] == {"mlp"}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("variant", ["transformer", "lmm", "mac", "mag", "mal"])
 def test_a_step_that_is_watched_goes_through_its_phases_and_parts_and_changes_no_bit(

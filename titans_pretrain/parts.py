@@ -115,8 +115,13 @@ def _wrap(
 
 
 def _hook(tensor: Tensor, watcher: Watcher, part: str) -> None:
-    """When the gradient of `tensor` is whole, what made it runs backward next: `part`."""
-    if tensor.requires_grad and not tensor.is_leaf:
+    """When the gradient of `tensor` is whole, what made it runs backward next: `part`.
+
+    The first to name a tensor is right: it comes out of the innermost part that returns it, or was
+    made by the part that hands it on.
+    """
+    if tensor.requires_grad and not tensor.is_leaf and not hasattr(tensor, "_part"):
+        tensor._part = part  # type: ignore[attr-defined]
         tensor.register_hook(lambda _: watcher.turned_back(part))
 
 

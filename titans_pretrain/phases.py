@@ -14,7 +14,8 @@ benchmark of a step. While nobody listens a phase costs less than a microsecond,
 | count          | labels of the step, summed over ranks                             |
 | forward        | of a micro-batch, with its loss                                   |
 | backward       | of a micro-batch; recomputed blocks are in it                     |
-| gradient scan  | are all gradients finite; the losses' small reduction             |
+| gradient scan  | are all gradients finite; a small reduction of losses, in which   |
+|                | ranks wait for the slowest                                        |
 | reduce         | gradients over data-parallel ranks                                |
 | clip           | the global gradient norm and what it scales                       |
 | optimizer      | AdamW                                                             |
