@@ -51,6 +51,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_real_allocation_that_fails(data: Path, tmp_path: Path) -> None:
     tree = small_run(
@@ -203,6 +204,12 @@ def test_what_counts_as_out_of_memory(error: Exception, yes: bool) -> None:
     assert is_out_of_memory(error) == yes
 
 
+def test_what_onednn_says_counts_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, yes in ((1 << 20, True), (1 << 30, False)):
+        monkeypatch.setattr(out_of_memory, "host_memory", lambda free=free: (free, 1 << 34))
+        assert is_out_of_memory(RuntimeError("could not create a primitive")) == yes
+
+
 @pytest.mark.parametrize(
     ("number", "stack", "words"),
     [
@@ -232,7 +239,7 @@ def test_remedies_are_those_that_apply_with_their_bytes(monkeypatch: pytest.Monk
     """On CUDA, with a prediction that is easy to follow: a GiB a row, half in bf16, a tenth with
     recompute."""
 
-    def predict(config: Any) -> int:
+    def predict(config: Any, *, training: bool) -> int:
         tokens = config.data.sequence_length / 32
         less = 10 if config.train.recompute == "blocks" else 1
         return int(
@@ -284,6 +291,12 @@ def test_remedies_are_those_that_apply_with_their_bytes(monkeypatch: pytest.Monk
     # Fewer rows than half, where half is too much still.
     found.held["activations and states"] = GIB
     assert "train.micro_batch=1" in remedies(config, found, device="cpu")[0][0]
+    # No memory left even for the prediction: in proportion to what there was, 2 GiB.
+    with monkeypatch.context() as none_left:
+        none_left.setattr(out_of_memory, "predicted", lambda config, training: None)
+        told = remedies(config, found, device="cpu")
+        assert [n / GIB for _, n in told] == pytest.approx([1, 1, 2, 1, 6])
+        assert "train.micro_batch=2 (now 4): activations about 2.00 GiB -> 1.00 GiB" in told[0][0]
     # Reserved in pieces: costs nothing, comes first.
     found.held["reserved, not in use"] = 2 * GIB
     assert names(remedies(config, found))[0] == "PYTORCH_CUDA_ALLOC_CONF"

@@ -7,6 +7,7 @@ import logging
 import traceback
 from types import TracebackType
 
+import psutil
 import torch
 
 from titans_pretrain.config import RunConfig
@@ -30,10 +31,12 @@ class Failing:
         self.step: TrainStep | None = None  # once it is built
         self._world: World | None = None
         self._peers: Peers | None = None
+        self._before = 0  # bytes that this process held before it built anything
 
     def joined(self, world: World) -> World:
         """From now on there are other ranks to tell."""
         self._world, self._peers = world, Peers(world)
+        self._before = psutil.Process().memory_info().rss
         return world
 
     def __enter__(self) -> Failing:
@@ -56,7 +59,7 @@ class Failing:
     def _out_of_memory(self, error: BaseException) -> TitansError:
         where = "".join(traceback.format_tb(error.__traceback__)[-4:])
         logger.warning("out of memory: %s\n%s", error, where)
-        failure = explain(error, self.config, self._world, self.step)
+        failure = explain(error, self.config, self._world, self.step, self._before)
         if self._peers is not None:
             self._peers.tell(failure)
         return failure

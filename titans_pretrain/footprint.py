@@ -43,15 +43,15 @@ def _bytes(tensors: Iterable[Any], seen: set[int]) -> int:
     return total
 
 
-def working_bytes(config: RunConfig) -> int:
+def working_bytes(config: RunConfig, *, training: bool = True) -> int:
     """Peak bytes of what forward and backward of one micro-batch make: activations, the memories'
-    states, gradients where they are whole.
+    states, gradients where they are whole. Not `training`: forward alone, as in validation.
 
     Predicted, without the memory: the model runs on the meta device, whose tensors have shapes
     alone, with one and with two blocks; each further block adds as much as the second. Within a few
     percent of what is measured (attention as by a fused kernel); in proportion beyond 512 tokens.
     """
-    one, two = (_peak(config, blocks) for blocks in (1, 2))
+    one, two = (_peak(config, blocks, training) for blocks in (1, 2))
     tokens = _tried(config)
     whole = one + (config.model.blocks - 1) * (two - one)
     return whole * config.data.sequence_length // tokens
@@ -65,7 +65,7 @@ def _tried(config: RunConfig) -> int:
     return min(config.data.sequence_length, most)
 
 
-def _peak(config: RunConfig, blocks: int) -> int:
+def _peak(config: RunConfig, blocks: int, training: bool) -> int:
     rows, tokens = config.train.micro_batch, _tried(config)
     # Documents begin at a row's first token: the longest, which need most.
     positions = torch.arange(tokens).expand(rows, tokens)
@@ -79,11 +79,12 @@ def _peak(config: RunConfig, blocks: int) -> int:
     original = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = _fused_attention  # type: ignore[assignment]
     try:
-        with LiveBytes() as live:
+        with LiveBytes() as live, torch.set_grad_enabled(training):
             logits, _ = model(ids, positions, carry=False)
             loss = token_loss(logits, ids).sum()
             del logits
-            torch.autograd.backward(loss)
+            if training:
+                torch.autograd.backward(loss)
     finally:
         F.scaled_dot_product_attention = original
     return live.peak

@@ -37,6 +37,9 @@ _WORDS = (  # of errors that torch raises as plain RuntimeErrors
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
+# What oneDNN says then, and for other reasons: it counts where hardly any memory is left.
+_PERHAPS = ("could not create a primitive", "could not create a memory", "could not execute a prim")
+_HARDLY = 64 * 2**20  # bytes
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _SIZE = r"([\d.]+) (bytes|[KMGT]iB)"
 
@@ -47,7 +50,11 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
+    if not isinstance(error, RuntimeError):
+        return False
+    if any(word in str(error) for word in _PERHAPS):
+        return host_memory()[0] < _HARDLY
+    return any(word in str(error) for word in _WORDS)
 
 
 @dataclass
@@ -61,11 +68,19 @@ class Found:
 
 
 def explain(
-    error: BaseException, config: RunConfig, world: World | None, step: TrainStep | None
+    error: BaseException,
+    config: RunConfig,
+    world: World | None,
+    step: TrainStep | None,
+    before: int = 0,
 ) -> OutOfMemoryError:
-    """The error as a person needs it. Clears the frames of `error`: they hold the activations."""
+    """The error as a person needs it. Clears the frames of `error`: they hold the activations.
+
+    Args:
+        before: bytes that this process held before it built anything.
+    """
     number, stack = phases.where(error)
-    found = look(error, world, step)
+    found = look(error, world, step, before)
     rank, device = (world.rank, world.device) if world else (0, "cpu")
     asked = "an allocation" if found.asked is None else size(found.asked)
     at = place(number, stack, error, step)
@@ -111,7 +126,9 @@ def _block(trace: TracebackType | None, step: TrainStep | None) -> str | None:
     return None
 
 
-def look(error: BaseException, world: World | None, step: TrainStep | None) -> Found:
+def look(
+    error: BaseException, world: World | None, step: TrainStep | None, before: int = 0
+) -> Found:
     """Takes the figures from the error's text, from torch and from the system."""
     text = str(error)
     held = {} if step is None else held_bytes(step)
@@ -129,15 +146,22 @@ def look(error: BaseException, world: World | None, step: TrainStep | None) -> F
         held["reserved, not in use"] = unused
         held["other processes, CUDA itself"] = max(0, total - free - allocated - unused)
         return Found(_asked(text), free, total, held)
+    used = psutil.Process().memory_info().rss
+    held["activations and states"] = max(0, used - before - known)
+    held["libraries, data"] = min(before, used)
+    return Found(_asked(text), *host_memory(), held)
+
+
+def host_memory() -> tuple[int, int]:
+    """(bytes free, of how many): of this machine, or what limits of this process leave of it."""
     process, machine = psutil.Process(), psutil.virtual_memory()
     used = process.memory_info()
-    held["activations, states, libraries, data"] = max(0, used.rss - known)
     free, total = machine.available, machine.total
     for limit, now in ((psutil.RLIMIT_AS, used.vms), (psutil.RLIMIT_DATA, used.data)):
         most = process.rlimit(limit)[0]
         if most != psutil.RLIM_INFINITY and most - now < free:
             free, total = max(0, most - now), most
-    return Found(_asked(text), free, total, held)
+    return free, total
 
 
 def _asked(text: str) -> int | None:
@@ -191,12 +215,19 @@ def _remedies(
             f"{size(unused)} are reserved in pieces that do not fit; costs no speed",
             unused,
         )
-    now = predicted(config) if working else 0
+    rest = found.held.get("activations and states", 0)
+    known = predicted(config, training) if working else 0
+    # Where not even the prediction finds memory: what had been made by then, and what was asked.
+    now = rest + (found.asked or 0) if known is None else known
 
-    def changed(section: str, key: str, value: object) -> int:
-        """Bytes that the step works with after the change."""
-        inner = getattr(config, section).model_copy(update={key: value})
-        return predicted(config.model_copy(update={section: inner}))
+    def changed(key: str, value: object, factor: float) -> int:
+        """Bytes that the step works with after a change of `train`; without prediction, `factor`
+        times those of now."""
+        after = None
+        if known is not None:
+            inner = train.model_copy(update={key: value})
+            after = predicted(config.model_copy(update={"train": inner}), training)
+        return int(now * factor) if after is None else after
 
     if cuda and train.precision == "fp32":
         yield from _bf16(weights, now, changed, "faster where the device has bf16 units")
@@ -207,7 +238,7 @@ def _remedies(
             optimizer // 2,
         )
     if working and train.micro_batch > 1:
-        rows = _fitting_rows(config, found, now)
+        rows = _fitting_rows(train.micro_batch, rest + (found.free or 0), now)
         after = now * rows // train.micro_batch
         yield (
             f"train.micro_batch={rows} (now {train.micro_batch}): activations about {size(now)} -> "
@@ -215,7 +246,7 @@ def _remedies(
             now - after,
         )
     if working and training and train.recompute == "none":
-        after = changed("train", "recompute", "blocks")
+        after = changed("recompute", "blocks", 1 / config.model.blocks)
         yield (
             f"train.recompute=blocks: activations about {size(now)} -> {size(after)}; "
             "a third more computation",
@@ -241,30 +272,27 @@ def _remedies(
 
 
 def _bf16(
-    weights: int, now: int, changed: Callable[[str, str, object], int], cost: str
+    weights: int, now: int, changed: Callable[[str, object, float], int], cost: str
 ) -> Iterator[tuple[str, int]]:
     text, after = f"weights {size(weights)} -> {size(weights / 2)}", 0
     if now:
-        after = changed("train", "precision", "bf16")
+        after = changed("precision", "bf16", 0.5)
         text = f"activations about {size(now)} -> {size(after)}, {text}"
     yield f"train.precision=bf16: {text}; {cost}", now - after + weights // 2
 
 
-def predicted(config: RunConfig) -> int:
-    """`working_bytes`, or 0 where not even the prediction finds memory."""
+def predicted(config: RunConfig, training: bool) -> int | None:
+    """`working_bytes`, or None where not even the prediction finds memory."""
     try:
-        return working_bytes(config)
+        return working_bytes(config, training=training)
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
-        return 0
+        return None
 
 
-def _fitting_rows(config: RunConfig, found: Found, now: int) -> int:
-    """The largest part of the micro-batch that takes off what was missing, by the prediction."""
-    rows = config.train.micro_batch
-    rest = [held for kind, held in found.held.items() if kind.startswith("activations")]
-    room = sum(rest) + (found.free or 0) if rest else 0
+def _fitting_rows(rows: int, room: int, now: int) -> int:
+    """The largest part of a micro-batch of `rows` that works within `room`, by the prediction."""
     for fewer in range(rows // 2, 0, -1):
         if rows % fewer == 0 and (now * fewer // rows <= room or fewer == 1):
             return fewer

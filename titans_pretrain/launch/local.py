@@ -164,6 +164,8 @@ def end(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
 
 def _tell(rank: int, code: int, output: IO[bytes] | None) -> None:
     how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+    if code == -signal.SIGKILL:
+        how += ", which the kernel sends where memory runs out: see dmesg"
     print(f"rank {rank} failed first ({how}); the other ranks were ended", file=sys.stderr)
     if output is not None:
         output.seek(max(0, output.seek(0, os.SEEK_END) - (1 << 16)))
