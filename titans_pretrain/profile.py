@@ -16,7 +16,6 @@ import contextlib
 import gzip
 import json
 import logging
-import os
 import shutil
 import warnings
 from pathlib import Path
@@ -109,7 +108,6 @@ class Profile:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*warmup")  # step 1 has none before it
             plan = schedule(wait=0, warmup=warmup, active=active, repeat=1)
-        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it speaks on the console otherwise
         self._profiler = profile(
             activities=activities,
             schedule=plan,
