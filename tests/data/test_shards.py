@@ -210,7 +210,8 @@ def test_padded_counts():
 def test_description_in_words(prepared):
     told = describe_manifest(prepared)
     split = load_manifest(prepared).splits["train"]
-    assert f"{split.tokens:,} tokens" in told and "340 pieces" in told
+    [train] = [line.split() for line in told.splitlines() if line.split()[:1] == ["train"]]
+    assert train[1:3] == [f"{split.documents:,}", f"{split.tokens:,}"] and "340 ids" in told
     shard = split.shards[0]
     assert f"{shard.documents:,} documents" in describe_shard(prepared / shard.file)
     with pytest.raises(DataError, match="not in the folder's manifest"):

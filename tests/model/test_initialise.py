@@ -80,7 +80,7 @@ def test_gates_open_as_intended() -> None:
     positions = torch.arange(256).expand(4, -1)
     with torch.no_grad(), observe_memory() as seen:
         model(tokens_like(positions), positions)
-    for figures in seen.values():
+    for figures in seen.figures.values():
         assert figures["alpha/p50"] == pytest.approx(0.003, rel=0.1)
         assert figures["eta/p50"] == pytest.approx(0.6, rel=0.05)
         assert figures["theta/p50"] == pytest.approx(0.25 / 64, rel=0.1)
