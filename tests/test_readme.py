@@ -6,6 +6,7 @@ installs or downloads is parsed but not run. A command without a rule below fail
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.prepared import ROOT, short_text
@@ -46,8 +50,10 @@ RUN = {
     "titans-pretrain prepare": "--workers 1",
     "titans-pretrain train": SMALL_MODEL,
     "train CONFIG": f"{SMALL_MODEL} folder=runs/other {OWN_DATA}",
+    "train CONFIG profile.steps": f"{SMALL_MODEL} folder=runs/profile {OWN_DATA} train.steps=6",
     "train CONFIG --ranks": f"{SMALL_MODEL} folder=runs/ranks {OWN_DATA} --ranks 2",
     "titans-pretrain inspect": "",
+    "titans-pretrain compare": "--help",  # its own test runs a small one
     "titans-pretrain plot": "",
     "titans-pretrain generate": "--tokens 4",
     "titans-pretrain bench memory": "--quick --repeats 1",
@@ -139,14 +145,20 @@ def as_run(command: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tracked files alone, and a text for TEXT."""
+    """The tracked files alone, and what stands for the reader's own texts and arrays."""
     folder = tmp_path_factory.mktemp("copy")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
     for name in listed.stdout.decode().split("\0"):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
-    short_text(folder / "text.jsonl")
+    text = short_text(folder / "text.jsonl")
+    (folder / "corpus").mkdir()
+    shutil.copy(text, folder / "corpus")
+    rows = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    pq.write_table(pa.table({"content": rows}), folder / "part-0.parquet")
+    (folder / "genome.fa").write_bytes(b">one\n" + b"ACGT" * 100_000)
+    np.save(folder / "series.npy", np.arange(100_000) % 256)
     return folder
 
 
@@ -180,5 +192,6 @@ def test_every_command_runs_as_written(copy: Path):
 
 
 def test_options_named_alone_exist():
-    usage = shell("titans-pretrain --help; titans-pretrain train --help", ROOT).stdout
+    usage = "titans-pretrain --help; titans-pretrain train --help; titans-pretrain compare --help"
+    usage = shell(usage, ROOT).stdout
     assert options(README) - {"--index-url"} <= set(re.findall(r"--[a-z-]+", usage))  # pip's
