@@ -23,6 +23,10 @@ ARROWS = {
     "phases": (),
     "run": ("config", "errors", "parallel.layout"),
     "launch": ("errors", "run.files"),
+    "measure": (
+        *("config", "errors", "data", "memory", "model", "parallel", "run", "launch"),
+        *("phases", "step", "watch"),
+    ),
     "evaluate": ("config", "errors", "data", "model", "run"),
 }
 # Engine -> where it may be imported (files or folders).

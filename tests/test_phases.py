@@ -10,7 +10,7 @@ from tests.parallel.test_step import start
 from tests.parallel.tiny import micro_batches, tiny_config
 from tests.worlds import run_world
 from titans_pretrain import phases
-from titans_pretrain.parts import PARTS, watch_parts
+from titans_pretrain.measure.parts import PARTS, watch_parts
 from titans_pretrain.phases import listening, phase, where
 
 

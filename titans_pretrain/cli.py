@@ -25,12 +25,12 @@ _ELSEWHERE = {
     "prepare": ("text to token shards", "titans_pretrain.data.prepare_command"),
     "tokenizer": ("train, inspect or import a tokenizer", "titans_pretrain.data.tokenizer_command"),
     "generate": ("write text with a trained model", "titans_pretrain.evaluate.generate_command"),
-    "gpu-check": ("check and time this machine's GPU", "titans_pretrain.gpu_check"),
+    "gpu-check": ("check and time this machine's GPU", "titans_pretrain.measure.gpu_check"),
 }
 _BENCHMARKS = {
     "memory": "titans_pretrain.memory.benchmark",
     "data": "titans_pretrain.data.benchmark",
-    "step": "titans_pretrain.step_benchmark",
+    "step": "titans_pretrain.measure.step_benchmark",
 }
 
 

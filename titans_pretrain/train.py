@@ -24,11 +24,11 @@ from titans_pretrain.data.streaming import Stream, open_batches
 from titans_pretrain.data.validation import validation_batches
 from titans_pretrain.describe import describe_run
 from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED, ConfigError, NodeError, TitansError
-from titans_pretrain.failing import Failing
+from titans_pretrain.measure.failing import Failing
+from titans_pretrain.measure.profile import Profile, check_profile
 from titans_pretrain.parallel.layout import plan_layout, require_built
 from titans_pretrain.parallel.world import World, start_world
 from titans_pretrain.phases import phase
-from titans_pretrain.profile import Profile, check_profile
 from titans_pretrain.run import checkpoint
 from titans_pretrain.run.console import open_log
 from titans_pretrain.run.folder import RunFolder

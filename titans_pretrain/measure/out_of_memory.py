@@ -20,7 +20,7 @@ import torch
 from titans_pretrain import phases
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import ConfigError, OutOfMemoryError
-from titans_pretrain.footprint import held_bytes, working_bytes
+from titans_pretrain.measure.footprint import held_bytes, working_bytes
 from titans_pretrain.model.counts import parameter_count
 from titans_pretrain.model.titans import Block
 from titans_pretrain.parallel.layout import plan_layout

@@ -12,12 +12,12 @@ import torch
 
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import NodeError, TitansError
-from titans_pretrain.out_of_memory import explain, is_out_of_memory
+from titans_pretrain.measure.out_of_memory import explain, is_out_of_memory
 from titans_pretrain.parallel.peers import Peers
 from titans_pretrain.parallel.world import World
 from titans_pretrain.step import TrainStep
 
-logger = logging.getLogger("titans_pretrain.failing")
+logger = logging.getLogger("titans_pretrain.measure.failing")
 
 _GONE = ("closed by peer", "reset by peer", "refused", "imed out")
 

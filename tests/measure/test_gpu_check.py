@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from titans_pretrain import cli, gpu_check, gpu_check_cases, gpu_check_report
+from titans_pretrain import cli
 from titans_pretrain.errors import ConfigError
-from titans_pretrain.gpu_check_report import TOLERANCES, judge
+from titans_pretrain.measure import gpu_check, gpu_check_cases, gpu_check_report
+from titans_pretrain.measure.gpu_check_report import TOLERANCES, judge
 from titans_pretrain.memory import problems
 from titans_pretrain.memory.chunked import chunked_memory
 from titans_pretrain.model.loss import token_loss

@@ -26,20 +26,20 @@ from titans_pretrain.config import RunConfig, load_config
 from titans_pretrain.data.batch import Batch
 from titans_pretrain.data.streaming import open_batches
 from titans_pretrain.errors import ConfigError
-from titans_pretrain.failing import Failing
-from titans_pretrain.footprint import held_bytes
 from titans_pretrain.launch.local import launch
-from titans_pretrain.made import made_batches, matmul_rate
+from titans_pretrain.measure.failing import Failing
+from titans_pretrain.measure.footprint import held_bytes
+from titans_pretrain.measure.made import made_batches, matmul_rate
+from titans_pretrain.measure.parts import watch_parts
+from titans_pretrain.measure.step_benchmark_report import table
+from titans_pretrain.measure.stopwatch import Key, Stopwatch
 from titans_pretrain.memory.live_bytes import LiveBytes
 from titans_pretrain.model.counts import flops_per_token, parameter_count
 from titans_pretrain.parallel.layout import plan_layout, require_built
 from titans_pretrain.parallel.world import World, start_world
-from titans_pretrain.parts import watch_parts
 from titans_pretrain.phases import at_step, listening, phase
 from titans_pretrain.run.folder import RunFolder
 from titans_pretrain.step import DTYPES, Progressed, TrainStep
-from titans_pretrain.step_benchmark_report import table
-from titans_pretrain.stopwatch import Key, Stopwatch
 from titans_pretrain.watch import Watch
 
 VOCABULARY = 32_000  # of made-up tokens, where the config names none

@@ -1,7 +1,7 @@
 """What `titans-pretrain gpu-check` measures. Each section runs in a process of its own, which
 appends one JSON line a case to a file; the judging is gpu_check.py's.
 
-    python -m titans_pretrain.gpu_check_cases '{"section": "steps", "cases": ["mac bf16"], ...}'
+    python -m titans_pretrain.measure.gpu_check_cases '{"section": "steps", "cases": [...], ...}'
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from titans_pretrain.config import RunConfig, TrainConfig, parse_config
-from titans_pretrain.made import made_batches, timed
+from titans_pretrain.measure.made import made_batches, timed
 from titans_pretrain.memory.chunked import chunked_memory
 from titans_pretrain.memory.problems import (
     PROBLEMS,

@@ -28,11 +28,11 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from titans_pretrain import phases
 from titans_pretrain.config import ProfileConfig, RunConfig
 from titans_pretrain.errors import ConfigError
+from titans_pretrain.measure.parts import watch_parts
 from titans_pretrain.parallel.pipeline import Stage
 from titans_pretrain.parallel.world import World
-from titans_pretrain.parts import watch_parts
 
-logger = logging.getLogger("titans_pretrain.profile")
+logger = logging.getLogger("titans_pretrain.measure.profile")
 
 MOST_ALLOCATIONS = 500_000  # of a CUDA memory history
 MOST_POINTS = 2000  # of a CPU memory timeline

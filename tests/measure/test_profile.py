@@ -15,7 +15,7 @@ from tests.prepared import small_dataset, small_run
 from tests.worlds import run_world
 from titans_pretrain.config import ProfileConfig, parse_config
 from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED, ConfigError
-from titans_pretrain.profile import Profile, check_profile, cpu_memory
+from titans_pretrain.measure.profile import Profile, check_profile, cpu_memory
 from titans_pretrain.run.checkpoint import content_sha256, folder_of
 from titans_pretrain.run.metrics import read_records
 
@@ -122,7 +122,7 @@ def test_a_disk_that_refuses_costs_the_profile_alone(
     stage: Any = type("Stage", (), {"token_loss": None, "model": _Empty()})()
     config = parse_config(tree, "test")
     profile = Profile(config, tmp_path, _World(), stage, 1, 3)  # type: ignore[arg-type]
-    with caplog.at_level(logging.WARNING, "titans_pretrain.profile"):
+    with caplog.at_level(logging.WARNING, "titans_pretrain.measure.profile"):
         for step in (1, 2, 3):
             profile.reach(step)
             torch.ones(3).sum()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titans_pretrain.errors import EXIT_DONE, EXIT_OTHER, ConfigError
-from titans_pretrain.gpu_check_report import (
+from titans_pretrain.measure.gpu_check_report import (
     CASES,
     MODELS,
     PRECISIONS,
@@ -164,7 +164,12 @@ class Sections:
             "results": str(path),
             "threads": 1 if self.dry else min(8, os.cpu_count() or 1),
         }
-        command = [sys.executable, "-m", "titans_pretrain.gpu_check_cases", json.dumps(task)]
+        command = [
+            sys.executable,
+            "-m",
+            "titans_pretrain.measure.gpu_check_cases",
+            json.dumps(task),
+        ]
         with log.open("wb") as said:
             process = subprocess.Popen(
                 command,

@@ -16,11 +16,11 @@ from tests.parallel.test_step import start
 from tests.parallel.tiny import micro_batches, tiny_config
 from tests.prepared import small_dataset, small_run, write_config
 from tests.worlds import run_world
-from titans_pretrain import out_of_memory
 from titans_pretrain.errors import EXIT_CONFIG, EXIT_SAVED, OutOfMemoryError
-from titans_pretrain.footprint import held_bytes, working_bytes
+from titans_pretrain.measure import out_of_memory
+from titans_pretrain.measure.footprint import held_bytes, working_bytes
+from titans_pretrain.measure.out_of_memory import Found, cheapest, is_out_of_memory, place
 from titans_pretrain.memory.live_bytes import LiveBytes
-from titans_pretrain.out_of_memory import Found, cheapest, is_out_of_memory, place
 from titans_pretrain.run import checkpoint
 from titans_pretrain.run.lock import newest_claim
 
