@@ -13,12 +13,12 @@ import webdataset
 from tests.data.faulty_server import serving
 from tests.data.oracle import WORDS, assert_row, rows_of
 from tests.prepared import TOKENIZER, small_dataset, small_run
+from tests.worlds import run_world
 from titans_pretrain.config import DataConfig, parse_config
 from titans_pretrain.data.batch import batch_hash
 from titans_pretrain.data.order import permute
 from titans_pretrain.data.streaming import StreamedStream, open_batches
 from titans_pretrain.errors import ConfigError, DataError, TitansError
-from titans_pretrain.train import run_training
 
 LENGTH, ALIGN, GLOBAL, V, TARS = 64, 16, 24, 4, 11
 
@@ -327,6 +327,16 @@ def test_a_pipe_that_breaks_is_read_again_up_to_there(folder, tmp_path, monkeypa
     assert read("s3://bucket/part-{00..10}.tar") == broken_once
 
 
+def trained(tree, stop_after=None):
+    """The run's exit code, or its error."""
+    from titans_pretrain.train import run_training
+
+    try:
+        return run_training(parse_config(tree, "test"), stop_after=stop_after)
+    except TitansError as e:
+        return str(e)
+
+
 def test_a_run_that_streams(folder, tmp_path):
     """Trained in one go and in two parts: the same losses, to the last bit; validated on a
     prepared set."""
@@ -348,11 +358,11 @@ def test_a_run_that_streams(folder, tmp_path):
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line)["values"]["train/loss"] for line in lines]
 
-    assert run_training(parse_config(tree("whole"), "test")) == 0
-    assert run_training(parse_config(tree("parts"), "test"), stop_after=3) == 75
-    assert run_training(parse_config(tree("parts"), "test")) == 0
+    assert run_world(trained, 1, tree("whole")) == [0]
+    assert run_world(trained, 1, tree("parts"), 3) == [75]
+    assert run_world(trained, 1, tree("parts")) == [0]
     assert losses("whole") == losses("parts") and len(losses("whole")) == 6
     changed = tree("parts", train__micro_batch=4)
     changed["data"]["sources"]["web"]["virtual_workers"] = 2
-    with pytest.raises(TitansError, match="virtual_workers: was 4, is 2"):
-        run_training(parse_config(changed, "test"))
+    [told] = run_world(trained, 1, changed)
+    assert "virtual_workers: was 4, is 2" in told

@@ -12,7 +12,8 @@ import torch
 from tests.parallel.tiny import tiny_config
 from tests.prepared import small_dataset, small_run, write_config
 from tests.worlds import run_world
-from titans_pretrain import cli, stopwatch
+from titans_pretrain import cli
+from titans_pretrain.measure import stopwatch
 from titans_pretrain.measure.step_benchmark import faster_half, measure
 from titans_pretrain.measure.step_benchmark_report import table
 from titans_pretrain.model.counts import flops_per_token, parameter_count
