@@ -25,7 +25,7 @@ ARROWS = {
     "launch": ("errors", "run.files"),
     "measure": (
         *("config", "errors", "data", "memory", "model", "parallel", "run", "launch"),
-        *("phases", "step", "watch"),
+        *("phases", "feed", "step", "watch"),
     ),
     "evaluate": ("config", "errors", "data", "model", "run"),
 }

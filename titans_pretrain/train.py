@@ -7,7 +7,7 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,14 +16,13 @@ from typing import Any
 import torch
 
 from titans_pretrain.config import RunConfig, dump_config
-from titans_pretrain.data.batch import Batch
 from titans_pretrain.data.manifest import Manifest
-from titans_pretrain.data.quarantine import new_entries
 from titans_pretrain.data.sources import validation_sets
-from titans_pretrain.data.streaming import Stream, open_batches
+from titans_pretrain.data.streaming import Stream
 from titans_pretrain.data.validation import validation_batches
 from titans_pretrain.describe import describe_run
-from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED, ConfigError, NodeError, TitansError
+from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED, NodeError
+from titans_pretrain.feed import fetch, open_stream, with_vocabulary
 from titans_pretrain.measure.failing import Failing
 from titans_pretrain.measure.profile import Profile, check_profile
 from titans_pretrain.parallel.layout import plan_layout, require_built
@@ -112,36 +111,9 @@ def due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def open_stream(config: RunConfig, world: World) -> Stream:
-    return open_batches(
-        config.data,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        align=config.model.alignment,
-        dp_rank=world.rank,
-        dp_size=world.size,
-        vocab_size=config.model.vocab_size,
-        rows=config.train.rows,
-    )
-
-
 def open_validation(config: RunConfig, stream: Stream) -> dict[str, Manifest]:
     """The sets to validate on, where the run validates."""
     return validation_sets(config.data, stream.manifests) if config.validation.every else {}
-
-
-def with_vocabulary(config: RunConfig, stream: Stream) -> RunConfig:
-    """`config` with the vocabulary's size resolved from the data."""
-    have, need = config.model.vocab_size, stream.manifest.vocab_size
-    if have is not None and have < need:
-        raise ConfigError(
-            f"model.vocab_size={have}, the tokenizer of the data has {need} pieces",
-            "every token has a row in the embedding",
-            f"set model.vocab_size={need}, or leave it out",
-        )
-    return config.model_copy(
-        update={"model": config.model.model_copy(update={"vocab_size": have or need})}
-    )
 
 
 @dataclass(frozen=True)
@@ -247,37 +219,6 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in VERSIONED}
 
 
-@phase("data")
-def fetch(
-    world: World,
-    batches: Iterator[tuple[list[Batch], dict[str, Any]]],
-    stream: Stream,
-    before: dict[str, Any],
-) -> tuple[list[Batch], dict[str, Any]]:
-    """The next step's micro-batches of this rank, and the stream's state after them as all ranks
-    see it (`before`: the state before them). A data error stops every rank."""
-    failure: TitansError | None = None
-    micro_batches: list[Batch] = []
-    data, met = before, []
-    try:
-        micro_batches, data = next(batches)
-        met = new_entries(before["quarantine"], data["quarantine"])
-    except TitansError as e:
-        failure = e
-    failed, found = world.max([float(failure is not None), float(bool(met))])
-    if failed:
-        world.agree(lambda: _fail(failure))
-    if found:
-        told = world.gather_objects(met)
-        return micro_batches, world.agree(lambda: stream.agreed(before, data, told))
-    return micro_batches, {**data, "quarantine": before["quarantine"]}
-
-
-def _fail(failure: TitansError | None) -> None:
-    if failure is not None:
-        raise failure
-
-
 def agree_to_go_on(
     world: World, trouble: NodeError | None, stop: bool, timed: bool
 ) -> tuple[bool, bool]:
@@ -286,7 +227,7 @@ def agree_to_go_on(
         [float(trouble is not None), float(stop), float(timed and world.rank == 0)]
     )
     if troubled:
-        world.agree(lambda: _fail(trouble))
+        world.raise_any(trouble)
     return bool(stop_any), bool(timed_first)
 
 

@@ -1,5 +1,6 @@
 """Rows by plain loops over lists, from documents read by stock WebDataset."""
 
+import itertools
 import json
 import random
 
@@ -7,6 +8,7 @@ import numpy as np
 import webdataset
 
 from titans_pretrain.config import DataConfig
+from titans_pretrain.data.stream import batch_hash
 
 WORDS = [
     "the",
@@ -85,3 +87,13 @@ def data_config(folder, **more):
     more.setdefault("sequence_length", 64)
     more.setdefault("workers", 0)
     return DataConfig.model_validate({"sources": {"corpus": {"path": str(folder)}}, **more})
+
+
+def read_together(ranks, state, steps):
+    """(the global batch's hash, the state that all ranks agree on) of each step."""
+    found = []
+    for together in itertools.islice(zip(*(rank.batches(state) for rank in ranks)), steps):
+        states = [after for _, after in together]
+        assert all(s == states[0] for s in states)
+        found.append((batch_hash(b for batches, _ in together for b in batches), states[0]))
+    return found

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.data.made import data, made
+from tests.data.oracle import read_together
 from titans_pretrain.data.order import Order
 from titans_pretrain.data.stream import TrainStream, batch_hash
 from titans_pretrain.data.validation import validation_batches
@@ -48,13 +49,8 @@ def at(one, sample):
 def hashes(folders, size, state=None, steps=STEPS, **more):
     """The global batches' hashes over all ranks, and the states the ranks agree on."""
     ranks = [stream(folders, rank, size, **more) for rank in range(size)]
-    state = state or at(ranks[0], 1480)  # the late source begins in these steps
-    found = []
-    for together in itertools.islice(zip(*(s.batches(state) for s in ranks)), steps):
-        states = [after for _, after in together]
-        assert all(s == states[0] for s in states)
-        found.append((batch_hash(b for batches, _ in together for b in batches), states[0]))
-    return found
+    # The late source begins in these steps.
+    return read_together(ranks, state or at(ranks[0], 1480), steps)
 
 
 @pytest.fixture(scope="module")

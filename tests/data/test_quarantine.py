@@ -20,8 +20,8 @@ from titans_pretrain.data.prepare import Settings, prepare
 from titans_pretrain.data.stream import TrainStream
 from titans_pretrain.data.validation import validation_batches
 from titans_pretrain.errors import DataError
+from titans_pretrain.feed import fetch, open_stream
 from titans_pretrain.parallel.world import start_world
-from titans_pretrain.train import fetch, open_stream
 
 GLOBAL, STEPS = 24, 30
 MISSING, CUT, FLIPPED = 3, 5, 7  # shards

@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from tests.data.conftest import quiet
-from tests.data.oracle import assert_row, data_config, documents_of, rows_of, write_corpus
+from tests.data.oracle import (
+    assert_row,
+    data_config,
+    documents_of,
+    read_together,
+    rows_of,
+    write_corpus,
+)
 from titans_pretrain.data.manifest import load_manifest
 from titans_pretrain.data.prepare import Settings, prepare
 from titans_pretrain.data.stream import TrainStream, batch_hash, concatenate
@@ -35,13 +42,7 @@ def stream(folder, rank=0, size=1, micro=1, align=16, **data):
 def hashes(folder, size, state=None, steps=STEPS, **data):
     """The global batches' hashes over all ranks, and the states the ranks agree on."""
     ranks = [stream(folder, rank, size, **data) for rank in range(size)]
-    state = state or ranks[0].start()
-    found = []
-    for together in itertools.islice(zip(*(s.batches(state) for s in ranks)), steps):
-        states = [after for _, after in together]
-        assert all(s == states[0] for s in states)
-        found.append((batch_hash(b for batches, _ in together for b in batches), states[0]))
-    return found
+    return read_together(ranks, state or ranks[0].start(), steps)
 
 
 @pytest.fixture(scope="module")

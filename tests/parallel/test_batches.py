@@ -11,10 +11,10 @@ from tests.prepared import small_dataset, small_run
 from tests.worlds import run_world
 from titans_pretrain.config import parse_config
 from titans_pretrain.data.batch import Batch, batch_hash, concatenate
+from titans_pretrain.feed import fetch, open_stream, with_vocabulary
 from titans_pretrain.parallel.layout import plan_layout
 from titans_pretrain.parallel.world import start_world
 from titans_pretrain.step import TrainStep
-from titans_pretrain.train import fetch, open_stream, with_vocabulary
 
 
 @pytest.fixture(scope="module")

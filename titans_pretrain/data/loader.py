@@ -1,4 +1,4 @@
-"""The processes that read ahead for a rank: which signals they see, and when they end."""
+"""The processes that read ahead for a rank: how they start, what they see of signals, their end."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from typing import Any
 
+import torch
+from torch.utils.data import DataLoader
+
+from titans_pretrain.errors import NodeError, TitansError
+
+PREFETCH = 2  # batches read ahead by each worker
 STOP = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}  # signals that ask a run to stop
 
 
@@ -52,6 +58,39 @@ def live_with_parent(_: int) -> None:
     threading.Thread(target=watch, name="live-with-parent", daemon=True).start()
 
 
-def as_read(rows: Any) -> Any:
-    """The loader's collate function: what the dataset gives is a batch already."""
+def start_loader(dataset: Any, workers: int, **plan: Any) -> Iterator[Any]:
+    """Starts `workers` processes that read the dataset ahead; what they read. `plan`: DataLoader's
+    arguments that say what is read. A TitansError met there comes as a value (see `next_read`)."""
+    loader = DataLoader(
+        dataset,
+        num_workers=workers,
+        collate_fn=_as_read,
+        prefetch_factor=PREFETCH,
+        multiprocessing_context="forkserver",  # a fork after backward may hang
+        generator=torch.Generator(),  # or the loader would draw from the global one
+        worker_init_fn=live_with_parent,
+        **plan,
+    )
+    with stop_signals_blocked():
+        return iter(loader)  # starts the workers
+
+
+def next_read(loaded: Iterator[Any]) -> Any:
+    """The next that was read. Raises what the reading process met (it comes as a value: on its way
+    an exception would lose its fields), NodeError where that process is gone."""
+    try:
+        read = next(loaded)
+    except (RuntimeError, OSError, EOFError) as e:
+        raise NodeError(
+            f"data worker: {e}",
+            "loader processes live as long as the run",
+            "look for the system's out-of-memory killer; lower data.workers",
+        ) from e
+    if isinstance(read, TitansError):
+        raise read
+    return read
+
+
+def _as_read(rows: Any) -> Any:
+    """What the dataset gives is a batch already."""
     return rows

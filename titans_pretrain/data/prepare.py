@@ -240,16 +240,7 @@ def _header(
 ) -> dict[str, Any]:
     return {
         "identity": identity,
-        "tokenizer": {
-            **({} if tokenizer.kind == "sentencepiece" else {"kind": tokenizer.kind}),
-            "sha256": tokenizer.hash,
-            "vocab_size": tokenizer.vocab_size,
-            "bos": tokenizer.bos,
-            "eos": tokenizer.eos,
-            "pad": tokenizer.pad,
-            "unk": tokenizer.unk,
-        },
-        "dtype": tokenizer.dtype.str,
+        **tokenizer.header(),
         "documents": documents,
         "text_bytes": text_bytes,
         "skipped": {"documents": len(bad), "first": [list(item) for item in bad[:LISTED]]},

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from titans_pretrain.config import DataConfig
 from titans_pretrain.data.batch import Batch, batch_hash, concatenate
-from titans_pretrain.data.loader import as_read, live_with_parent, stop_signals_blocked
+from titans_pretrain.data.loader import next_read, start_loader
 from titans_pretrain.data.manifest import Manifest
 from titans_pretrain.data.mix import mix_of
 from titans_pretrain.data.order import Order, take
@@ -27,11 +27,9 @@ from titans_pretrain.data.quarantine import Entry, Substitutes, agreed, members_
 from titans_pretrain.data.shards import BlockReader
 from titans_pretrain.data.sources import load_sources
 from titans_pretrain.data.state import VERSION, State, differences
-from titans_pretrain.errors import ConfigError, DataError, NodeError, TitansError
+from titans_pretrain.errors import ConfigError, DataError, TitansError
 
 __all__ = ["Batch", "TrainStream", "batch_hash", "concatenate"]
-
-PREFETCH = 2  # batches read ahead by each worker
 
 Rows = tuple[Tensor, ...]
 Read = tuple[Rows, list[Entry]]  # the rows, and what was found bad on the way to them
@@ -174,6 +172,17 @@ def as_batches(rows: Rows, micro_batch: int) -> list[Batch]:
     return [Batch(*fields) for fields in zip(*parts)]
 
 
+def require_whole_batches(global_batch: int, micro_batch: int, dp_size: int) -> None:
+    """Raises ConfigError where the ranks cannot share a step evenly."""
+    if global_batch % (dp_size * micro_batch):
+        raise ConfigError(
+            f"train.global_batch={global_batch}, data-parallel ranks={dp_size}, "
+            f"train.micro_batch={micro_batch}",
+            "the global batch is a whole number of micro-batches on each rank",
+            f"make global_batch a multiple of {dp_size * micro_batch}",
+        )
+
+
 class TrainStream:
     """The training batches of one rank.
 
@@ -199,13 +208,7 @@ class TrainStream:
         split: str = "train",
         rows: Callable[[int], int] | None = None,
     ) -> None:
-        if global_batch % (dp_size * micro_batch):
-            raise ConfigError(
-                f"train.global_batch={global_batch}, data-parallel ranks={dp_size}, "
-                f"train.micro_batch={micro_batch}",
-                "the global batch is a whole number of micro-batches on each rank",
-                f"make global_batch a multiple of {dp_size * micro_batch}",
-            )
+        require_whole_batches(global_batch, micro_batch, dp_size)
         self.data, self.align = data, align
         self.manifests = load_sources(data)
         self.global_batch, self.micro_batch = global_batch, micro_batch
@@ -313,29 +316,11 @@ class TrainStream:
             finally:
                 self._samples.opened().close()
             return
-        loader = DataLoader(
-            self._samples,
-            batch_sampler=_Plan(self, state, step),
-            num_workers=self.data.workers,
-            collate_fn=as_read,
-            prefetch_factor=PREFETCH,
-            multiprocessing_context="forkserver",  # a fork after backward may hang
-            generator=torch.Generator(),  # or the loader would draw from the global one
-            worker_init_fn=live_with_parent,
+        loaded = start_loader(
+            self._samples, self.data.workers, batch_sampler=_Plan(self, state, step)
         )
-        with stop_signals_blocked():
-            loaded = iter(loader)  # starts the workers
         for _, after in self._plan(state, step):
-            try:
-                read = next(loaded)
-            except (RuntimeError, OSError, EOFError) as e:
-                raise NodeError(
-                    f"data worker: {e}",
-                    "loader processes live as long as the run",
-                    "look for the system's out-of-memory killer; lower data.workers",
-                ) from e
-            if isinstance(read, TitansError):
-                raise read
+            read = next_read(loaded)
             known = merged(known, read[1])
             yield as_batches(read[0], self.micro_batch), {**after, "quarantine": known}
 

@@ -26,19 +26,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from titans_pretrain.config import ALIGNMENTS, DataConfig, SourceConfig
 from titans_pretrain.data.batch import Batch
-from titans_pretrain.data.loader import as_read, live_with_parent, stop_signals_blocked
+from titans_pretrain.data.loader import next_read, start_loader
 from titans_pretrain.data.manifest import MEMBER, Manifest, Split
 from titans_pretrain.data.quarantine import Entry
 from titans_pretrain.data.remote import Patience, is_url, shown
 from titans_pretrain.data.state import VERSION, State, differences
-from titans_pretrain.data.stream import PREFETCH, TrainStream, as_batches
+from titans_pretrain.data.stream import TrainStream, as_batches, require_whole_batches
 from titans_pretrain.data.tokens import Tokenizer
 from titans_pretrain.data.virtual_worker import Position, Row, VirtualWorker, list_tars
-from titans_pretrain.errors import ConfigError, NodeError, TitansError
+from titans_pretrain.errors import ConfigError, TitansError
 
 
 class _Part:
@@ -117,13 +117,7 @@ class StreamedStream:
     ) -> None:
         [(self.name, self.source)] = data.sources.items()
         count = self.source.virtual_workers
-        if global_batch % (dp_size * micro_batch):
-            raise ConfigError(
-                f"train.global_batch={global_batch}, data-parallel ranks={dp_size}, "
-                f"train.micro_batch={micro_batch}",
-                "the global batch is a whole number of micro-batches on each rank",
-                f"make global_batch a multiple of {dp_size * micro_batch}",
-            )
+        require_whole_batches(global_batch, micro_batch, dp_size)
         if count % dp_size:
             raise ConfigError(
                 f"data.sources.{self.name}.virtual_workers={count}, data-parallel ranks={dp_size}",
@@ -204,23 +198,12 @@ class StreamedStream:
         """Endless (micro-batches of this rank, state after them), from step `step` on. Closing the
         iterator stops the workers. Raises DataError and NodeError."""
         dataset, processes = _Rows(self, state, step), max(1, self.data.workers)
-        loaded: Iterator[Any] = iter(dataset)
+        loaded = iter(dataset)
         if self.data.workers:
-            loader = DataLoader(
-                dataset,
-                batch_size=None,
-                num_workers=processes,
-                collate_fn=as_read,
-                prefetch_factor=PREFETCH,
-                multiprocessing_context="forkserver",
-                generator=torch.Generator(),
-                worker_init_fn=live_with_parent,
-            )
-            with stop_signals_blocked():
-                loaded = iter(loader)
+            loaded = start_loader(dataset, processes, batch_size=None)
         positions: list[Position] = list(state["positions"])
         for number in itertools.count(step):
-            parts = [_next(loaded) for _ in range(processes)]
+            parts: list[_Part] = [next_read(loaded) for _ in range(processes)]
             for part in parts:
                 for v, position in part.positions.items():
                     positions[v] = position
@@ -254,20 +237,6 @@ def open_batches(
     return stream
 
 
-def _next(loaded: Iterator[Any]) -> _Part:
-    try:
-        part = next(loaded)
-    except (RuntimeError, OSError, EOFError) as e:
-        raise NodeError(
-            f"data worker: {e}",
-            "loader processes live as long as the run",
-            "look for the system's out-of-memory killer; lower data.workers",
-        ) from e
-    if isinstance(part, TitansError):
-        raise part
-    return part
-
-
 def _joined(parts: list[_Part]) -> tuple[torch.Tensor, ...]:
     """The rows of all processes in the order of their sample numbers, as `read_rows` has them."""
     samples = np.concatenate([np.asarray(part.samples, np.int64) for part in parts])
@@ -281,16 +250,6 @@ def _as_manifest(source: SourceConfig, tars: list[str], tokenizer: Tokenizer) ->
     """What is known of the source in a manifest's words: its tokenizer, and no shard."""
     names = [shown(tar) if is_url(tar) else Path(tar).name for tar in tars]
     digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
-    header = {
-        "tokenizer": {
-            "sha256": tokenizer.hash,
-            "vocab_size": tokenizer.vocab_size,
-            "bos": tokenizer.bos,
-            "eos": tokenizer.eos,
-            "pad": tokenizer.pad,
-        },
-        "dtype": tokenizer.dtype.str,
-        "alignments": list(ALIGNMENTS),
-    }
+    header = {**tokenizer.header(), "alignments": list(ALIGNMENTS)}
     empty = {name: Split([], np.zeros(0, MEMBER)) for name in ("train", "validation")}
     return Manifest(Path(source.path), digest, header, empty)

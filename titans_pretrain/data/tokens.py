@@ -71,6 +71,21 @@ class Tokenizer(ABC):
         """The smallest little-endian type that holds every id."""
         return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
 
+    def header(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {
+            "tokenizer": {
+                **({} if self.kind == "sentencepiece" else {"kind": self.kind}),
+                "sha256": self.hash,
+                "vocab_size": self.vocab_size,
+                "bos": self.bos,
+                "eos": self.eos,
+                "pad": self.pad,
+                "unk": self.unk,
+            },
+            "dtype": self.dtype.str,
+        }
+
     def encode(self, text: str) -> NDArray[np.integer]:
         """Ids of a text, without bos and eos."""
         return self.encode_parts([text])

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 from titans_pretrain.config import RunConfig, load_config
 from titans_pretrain.data.batch import Batch
-from titans_pretrain.data.streaming import open_batches
 from titans_pretrain.errors import ConfigError
+from titans_pretrain.feed import open_stream, with_vocabulary
 from titans_pretrain.launch.local import launch
 from titans_pretrain.measure.failing import Failing
 from titans_pretrain.measure.footprint import held_bytes
@@ -167,22 +167,8 @@ def _made(config: RunConfig, world: World) -> tuple[RunConfig, Any]:
 
 
 def _read(config: RunConfig, world: World) -> tuple[RunConfig, Any]:
-    stream = world.agree(
-        lambda: open_batches(
-            config.data,
-            global_batch=config.train.global_batch,
-            micro_batch=config.train.micro_batch,
-            align=config.model.alignment,
-            dp_rank=world.rank,
-            dp_size=world.size,
-            vocab_size=config.model.vocab_size,
-            rows=config.train.rows,
-        )
-    )
-    vocabulary = config.model.vocab_size or stream.manifest.vocab_size
-    model = config.model.model_copy(update={"vocab_size": vocabulary})
-    batches = world.agree(lambda: stream.batches(stream.start(), 1))
-    return config.model_copy(update={"model": model}), batches
+    stream = world.agree(lambda: open_stream(config, world))
+    return with_vocabulary(config, stream), world.agree(lambda: stream.batches(stream.start(), 1))
 
 
 class _Bench:

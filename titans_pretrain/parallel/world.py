@@ -71,6 +71,15 @@ class World:
                 raise failure or told
         return result
 
+    def raise_any(self, failure: TitansError | None) -> None:
+        """Raises on every rank what any of them met; the first rank's, where several did."""
+
+        def act() -> None:
+            if failure is not None:
+                raise failure
+
+        self.agree(act)
+
     def only_first(self, act: Callable[[], T]) -> T:
         """Runs `act` on rank 0; its result, or its error, on every rank."""
         result = self.agree(act if self.rank == 0 else lambda: None)
