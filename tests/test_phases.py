@@ -64,7 +64,7 @@ def hear(config: Any, watched: bool) -> Any:
     for s in range(1, 4):
         batches = micro_batches(config, s, world.rank, world.size)
         if watched and s == 2:
-            with listening(heard), watch_parts(step.stage, heard):
+            with listening(heard), watch_parts(step.stages, heard):
                 losses.append(step(batches, s))
         else:
             losses.append(step(batches, s))
@@ -96,8 +96,8 @@ def owners(config: Any) -> dict[str, set[str]]:
                 todo += [n for n, _ in node.next_functions]
 
     (batch, *_) = micro_batches(config, 1, 0, 1)
-    with watch_parts(step.stage, heard):
-        loss = step.stage(batch, world.device).sum()
+    with watch_parts(step.stages, heard):
+        loss = step.stages[0](batch, world.device).sum()
         every(loss)
         loss.backward()
     world.shut_down()

@@ -21,8 +21,8 @@ def open_stream(config: RunConfig, world: World) -> Stream:
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
         align=config.model.alignment,
-        dp_rank=world.rank,
-        dp_size=world.size,
+        dp_rank=world.place.data,
+        dp_size=world.layout.data_parallel,
         vocab_size=config.model.vocab_size,
         rows=config.train.rows,
     )

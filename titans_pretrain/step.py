@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,15 +11,17 @@ from typing import Any
 import torch
 
 from titans_pretrain.config import ModelConfig, RunConfig
-from titans_pretrain.data.batch import Batch
+from titans_pretrain.data.batch import Batch, uncounted
 from titans_pretrain.errors import DivergedError
 from titans_pretrain.model.loss import token_loss, z_penalty
 from titans_pretrain.model.titans import TitansLM, initialise, kind
 from titans_pretrain.parallel.layout import Layout
-from titans_pretrain.parallel.pipeline import Schedule, Stage
+from titans_pretrain.parallel.pipeline import Schedule, Stage, sum_tied
+from titans_pretrain.parallel.tensor import vocabulary_loss, vocabulary_penalty
 from titans_pretrain.parallel.world import World
 from titans_pretrain.parallel.zero import ZeroOptimizer
 from titans_pretrain.phases import phase
+from titans_pretrain.pieces import build_pieces
 from titans_pretrain.run.optim import learning_rate, param_groups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -67,27 +70,54 @@ class TrainStep:
     def __init__(self, config: RunConfig, layout: Layout, world: World) -> None:
         self.config, self.layout, self.world = config, layout, world
         dtype = DTYPES[config.train.precision]
-        self.model = build_model(
+        self.pieces = build_pieces(
             config.model,
+            layout,
+            world.rank,
             seed=config.train.seed,
             dtype=dtype,
             device=world.device,
             recompute=config.train.recompute == "blocks",
+            sequence_length=config.data.sequence_length,
         )
-        z = config.train.z_loss
-        self.stage = Stage(self.model, token_loss, dtype, (z, z_penalty) if z else None)
-        self.schedule = Schedule(self.stage, layout.data_parallel, world.device)
+        self.model = self.pieces.root
+        divided = layout.tensor > 1
+        loss, penalty = (
+            (vocabulary_loss, vocabulary_penalty) if divided else (token_loss, z_penalty)
+        )
+        z = (config.train.z_loss, penalty) if config.train.z_loss else None
+        where = (dtype, layout, config.model.width)
+        self.stages = [
+            Stage(p.model, loss, *where, z, first=p.first, last=p.last) for p in self.pieces
+        ]
+        self.schedule = Schedule(self.stages, layout.data_parallel, world.device)
         o = config.optim
         self.groups = param_groups(self.model.named_parameters(), kind, o)
         self.scales = [g["lr_scale"] for g in self.groups]
+        place = world.place
         self.optimizer = ZeroOptimizer(
             self.model,
+            self.pieces.shards,
             self.groups,
+            zero=config.parallel.zero,
             betas=(o.beta1, o.beta2),
             eps=o.eps,
             clip=o.clip,
             micro_batch=config.train.micro_batch,
+            first=place.tensor == 0,
+            repeated=self.pieces.repeated,
         )
+        if config.parallel.zero.stage > 1:
+            self.stages[0].run = self.optimizer.engine
+        self.tied = config.model.tied_embeddings and layout.pipeline > 1
+        # Ranks that hold a layer together see the same rows: one of them counts.
+        self.counts_labels = place.tensor == 0 and place.pipeline == 0
+        self.counts_loss = place.tensor == 0  # of the last stage: the others have none
+
+    @property
+    def whole_model(self) -> TitansLM | None:
+        """The model, where this rank holds all of it."""
+        return self.pieces.pieces[0].model if self.layout.whole else None
 
     def __call__(self, micro_batches: Sequence[Batch], step: int) -> StepReport:
         """Update number `step` (from 1). Collective.
@@ -101,11 +131,13 @@ class TrainStep:
         for batch in micro_batches:
             labels = batch.loss_mask.sum(1).tolist()
             for source, n in zip(batch.source.tolist(), labels, strict=True):
-                counts[source] += n
+                counts[source] += n * self.counts_labels
         with phase("count"):
             counts = self.world.sum(counts)
         tokens = int(sum(counts))
         sums = self.schedule.run(micro_batches, tokens_in_step=tokens)
+        if self.tied:
+            sum_tied(self.optimizer.local_gradients())
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
         forward_backward = time.perf_counter() - began
@@ -114,7 +146,8 @@ class TrainStep:
         with phase("gradient scan"):
             finite = self._gradients_finite()
             nats = [sums.by_source.get(i, (0.0, 0))[0] for i in range(sources)]
-            *nats, penalty, bad = self.world.sum([*nats, sums.penalty, float(not finite)])
+            seen = [n * self.counts_loss for n in (*nats, sums.penalty)]
+            *nats, penalty, bad = self.world.sum([*seen, float(not finite)])
         loss = sum(nats) / max(1, tokens)
         if bad or not _finite(loss):
             raise self._diverged(step, loss, micro_batches)
@@ -140,10 +173,13 @@ class TrainStep:
 
         def mine() -> list[float]:
             nats = labels = 0.0
-            for batch in batches:
-                sums = self.schedule.run([batch], tokens_in_step=1, train=False)
+            rest = iter(batches)
+            while group := list(itertools.islice(rest, self.layout.pipeline)):
+                # A whole round of the stages, filled up with rows that count nothing.
+                group += [uncounted(group[-1])] * (self.layout.pipeline - len(group))
+                sums = self.schedule.run(group, tokens_in_step=1, train=False)
                 nats, labels = nats + sums.loss, labels + sums.tokens
-            return [nats, labels]
+            return [nats * self.counts_loss, labels * self.counts_loss]
 
         self.model.eval()
         nats, labels = self.world.sum(self.world.agree(mine))
@@ -153,6 +189,8 @@ class TrainStep:
     def _gradients_finite(self) -> bool:
         """One pass over this rank's gradients, before they are mixed with other ranks'."""
         gradients = [g for _, g in self.optimizer.local_gradients()]
+        if not gradients:  # ZeRO 2 and 3 look at them when they are reduced
+            return True
         norms = torch.stack([n.float() for n in torch._foreach_norm(gradients)])
         return bool(torch.isfinite(norms).all())
 

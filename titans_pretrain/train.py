@@ -26,7 +26,7 @@ from titans_pretrain.feed import fetch, open_stream, with_vocabulary
 from titans_pretrain.measure.failing import Failing
 from titans_pretrain.measure.profile import Profile, check_profile
 from titans_pretrain.parallel.layout import plan_layout, require_built
-from titans_pretrain.parallel.world import World, start_world
+from titans_pretrain.parallel.world import World, start_world, world_size
 from titans_pretrain.phases import phase
 from titans_pretrain.run import checkpoint
 from titans_pretrain.run.console import open_log
@@ -53,10 +53,10 @@ def run_training(
         TitansError: the same kind on every rank.
     """
     require_built(config)
+    layout = plan_layout(config, world_size())
     with stop_request() as stop, contextlib.ExitStack() as leaving, Failing(config) as failing:
-        world = failing.joined(start_world(config.train))
+        world = failing.joined(start_world(config.train, layout))
         leaving.callback(world.shut_down)
-        layout = plan_layout(config, world.size)
         check_profile(config.profile, world.size)
         stream = world.agree(lambda: open_stream(config, world))
         sets = world.agree(lambda: open_validation(config, stream))
@@ -69,7 +69,7 @@ def run_training(
         announce(config, world, step, stream, at, home, watch, init_from)
 
         last = min(config.train.steps, at.step + stop_after if stop_after else math.inf)
-        profile = Profile(config, home.folder.path, world, step.stage, at.step + 1, int(last))
+        profile = Profile(config, home.folder.path, world, step.stages, at.step + 1, int(last))
         leaving.callback(profile.close)
         saved_time = time.monotonic()
         batches = world.agree(lambda: stream.batches(at.data, at.step + 1))
@@ -90,11 +90,11 @@ def run_training(
             minutes = (time.monotonic() - saved_time) / 60
             timed = config.checkpoint.every_minutes and minutes >= config.checkpoint.every_minutes
             with phase("watch"):
-                trouble = watch.record(at, report, took, waited, step.model)
+                trouble = watch.record(at, report, took, waited, step.whole_model)
             stopping, timed = agree_to_go_on(world, trouble, stop.requested, bool(timed))
             leave = stopping or at.step >= last
             if leave or timed or due(at.step, config.checkpoint.every_steps, 0):
-                at = replace(at, data=stream.complete(at.data, world.gather_objects))
+                at = replace(at, data=stream.complete(at.data, world.gather_by_data))
                 save(config, home, world, step, at, watch)
                 saved_time = time.monotonic()
         if at.step < config.train.steps:
@@ -244,8 +244,8 @@ def validate(
             micro_batch=config.train.micro_batch,
             align=config.model.alignment,
             rows=config.validation.rows,
-            dp_rank=world.rank,
-            dp_size=world.size,
+            dp_rank=world.place.data,
+            dp_size=world.layout.data_parallel,
             vocab_size=config.model.vocab_size,
         )
         by_set[name] = step.evaluate(batches)

@@ -70,7 +70,14 @@ class Watch:
             for file in (self._memory, self._samples):
                 leaving.callback(file.close)
             self._progress = Progress(config.train.steps, start, tokens)
-            if sets and config.log.sample.tokens:
+            if sets and config.log.sample.tokens and not world.layout.whole:
+                logger.warning(
+                    "log.sample.tokens=%d: no text is written, no rank holds the whole model (%s); "
+                    "titans-pretrain generate writes from a checkpoint",
+                    config.log.sample.tokens,
+                    world.layout.describe(),
+                )
+            elif sets and config.log.sample.tokens:
                 manifest = next(iter(sets.values()))
                 self._sampler = Sampler(config.log.sample, manifest, config.train.seed)
 
@@ -111,9 +118,10 @@ class Watch:
         report: StepReport,
         seconds: float,
         waited: float,
-        model: TitansLM,
+        model: TitansLM | None,
     ) -> NodeError | None:
-        """Writes the step's record, and samples of `model` where it has been validated. A disk that
+        """Writes the step's record, and samples of the whole `model` where it is here and has been
+        validated. A disk that
         refuses is returned, for all ranks to agree on.
 
         Args:
@@ -124,7 +132,7 @@ class Watch:
         began = time.perf_counter()
         try:
             self._write(self._metrics, at, report, seconds, waited)
-            if at.validation_loss is not None and self._sampler is not None:
+            if at.validation_loss is not None and self._sampler is not None and model is not None:
                 self._sample(self._metrics, self._sampler, at, model)
         except NodeError as e:
             return e

@@ -103,7 +103,7 @@ def one_fails(tree: dict[str, Any], where: str) -> tuple[str, str, float]:
 
     if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
         owner, name = {
-            "building": (step, "build_model"),
+            "building": (step, "build_pieces"),
             "mlp": (SwiGLU, "forward"),
             "checkpoint": (train.checkpoint, "save"),
         }[where]
@@ -154,7 +154,7 @@ def working(config: Any) -> tuple[int, int, dict[str, int], int]:
     whole = torch.arange(batch.tokens.shape[1]).expand(batch.tokens.shape)
     with LiveBytes() as live:
         logits, _ = step.model(batch.tokens, whole, carry=False)
-        loss = step.stage.token_loss(logits, batch.labels).sum()
+        loss = step.stages[0].token_loss(logits, batch.labels).sum()
         del logits
         loss.backward()
     step.model.zero_grad(set_to_none=True)

@@ -121,7 +121,7 @@ def test_a_disk_that_refuses_costs_the_profile_alone(
     tree = {"folder": "x", "data": {"sources": {"a": {"path": "y"}}}, "profile": {"steps": [1, 1]}}
     stage: Any = type("Stage", (), {"token_loss": None, "model": _Empty()})()
     config = parse_config(tree, "test")
-    profile = Profile(config, tmp_path, _World(), stage, 1, 3)  # type: ignore[arg-type]
+    profile = Profile(config, tmp_path, _World(), [stage], 1, 3)  # type: ignore[arg-type]
     with caplog.at_level(logging.WARNING, "titans_pretrain.measure.profile"):
         for step in (1, 2, 3):
             profile.reach(step)
@@ -159,7 +159,7 @@ def test_on_cuda_the_allocators_history_is_written(
     tree = {"folder": "x", "data": {"sources": {"a": {"path": "y"}}}, "profile": {"steps": [2, 2]}}
     stage: Any = type("Stage", (), {"token_loss": None, "model": _Empty()})()
     config = parse_config(tree, "test")
-    profile = Profile(config, tmp_path, World(), stage, 1, 3)  # type: ignore[arg-type]
+    profile = Profile(config, tmp_path, World(), [stage], 1, 3)  # type: ignore[arg-type]
     for step in (1, 2, 3):
         profile.reach(step)
         torch.ones(3).sum()

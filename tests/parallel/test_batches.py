@@ -30,7 +30,7 @@ def forwarded(tree: dict[str, Any]) -> list[Batch]:
     config = with_vocabulary(config, stream)
     step = TrainStep(config, plan_layout(config, world.size), world)
     given: list[Batch] = []
-    step.stage.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    step.stages[0].register_forward_pre_hook(lambda module, args: given.append(args[0]))
     tokens = []
     step.model.register_forward_pre_hook(lambda module, args: tokens.append(args))
     steps = []

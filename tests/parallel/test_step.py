@@ -7,75 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.parallel.through_zero import assert_equals_one_plain_process, start
 from tests.parallel.tiny import PlainRun, batch_of, micro_batches, tiny_config
 from tests.worlds import run_world
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import DivergedError
 from titans_pretrain.model.titans import kind
-from titans_pretrain.parallel.layout import Fragment, plan_layout
-from titans_pretrain.parallel.world import World, start_world
-from titans_pretrain.step import TrainStep
-
-
-def start(config: RunConfig) -> tuple[World, TrainStep]:
-    world = start_world(config.train)
-    return world, TrainStep(config, plan_layout(config, world.size), world)
-
-
-def pieces(fragments: list[Fragment], key: str) -> dict[str, tuple[int, torch.Tensor]]:
-    return {f.name: (f.start, f.tensors[key].clone()) for f in fragments}
-
-
-def assemble(
-    parts: list[dict[str, tuple[int, torch.Tensor]]], like: dict[str, torch.Tensor]
-) -> Any:
-    """Whole tensors from all ranks' pieces; every element must be covered exactly once."""
-    whole = {}
-    for name, reference in like.items():
-        flat = torch.zeros(reference.numel())
-        covered = torch.zeros(reference.numel(), dtype=torch.int)
-        for part in parts:
-            if name in part:
-                at, piece = part[name]
-                flat[at : at + piece.numel()] = piece
-                covered[at : at + piece.numel()] += 1
-        assert (covered == 1).all(), name
-        whole[name] = flat.view(reference.shape)
-    return whole
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
-
-
-def run_steps(config: RunConfig, reference: dict[int, Any], steps: list[int]) -> Any:
-    """Runs `steps`; before a step that `reference` knows, takes its weights and moments."""
-    world, step = start(config)
-    gradients: dict[str, tuple[int, torch.Tensor]] = {}
-
-    def see(owned: dict[str, Fragment]) -> None:
-        gradients.update(pieces(list(owned.values()), "gradient"))
-
-    step.optimizer.on_reduced_gradients(see)
-    out = {}
-    for s in steps:
-        if s in reference:
-            weights, moments = reference[s]
-            for f in step.optimizer.fragments():
-                cut = slice(f.start, f.start + f.numel)
-                f.tensors["weight"].copy_(weights[f.name].view(-1)[cut])
-                for k in ("exp_avg", "exp_avg_sq"):
-                    f.tensors[k].copy_(moments[f.name][k].view(-1)[cut])
-            step.optimizer.weights_loaded(s - 1)
-        gradients.clear()
-        report = step(micro_batches(config, s, world.rank, world.size), s)
-        clip = max(1.0, (report.grad_norm + 1e-6) / config.optim.clip)
-        unclipped = {n: (at, g * clip) for n, (at, g) in gradients.items()}
-        out[s] = (report.loss, report.grad_norm, unclipped)
-    weights = pieces(step.optimizer.fragments(), "weight")
-    model = {n: p.detach().clone() for n, p in step.model.named_parameters()}
-    world.shut_down()
-    return out, weights, model, step.schedule.calls, step.optimizer.engine.global_steps
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -86,37 +23,7 @@ def test_every_gradient_and_update_equals_one_plain_process(ranks: int, variant:
         model__tied_embeddings=variant == "tied",
         train__z_loss=0.1 if variant == "z-loss" else 0.0,
     )
-    plain = PlainRun(config)
-    begin = plain.weights()
-    reference: dict[int, Any] = {}
-    expected = {}
-    for s in range(1, 21):
-        if s in (5, 10, 20):
-            reference[s] = (plain.weights(), plain.moments())
-        expected[s] = plain.step(s)
-    end = plain.weights()
-
-    results = run_world(run_steps, ranks, config, reference, [1, 5, 10, 20])
-    for s in (1, 5, 10, 20):
-        loss, norm, gradients = expected[s]
-        assert results[0][0][s][0] == pytest.approx(loss, rel=1e-5)
-        assert results[0][0][s][1] == pytest.approx(norm, rel=1e-5)
-        got = assemble([r[0][s][2] for r in results], gradients)
-        worst = {n: relative(got[n], g) for n, g in gradients.items()}
-        assert max(worst.values()) < 1e-5, sorted(worst.items(), key=lambda x: -x[1])[:3]
-
-    results = run_world(run_steps, ranks, config, {}, list(range(1, 21)))
-    for s in range(1, 21):
-        assert results[0][0][s][0] == pytest.approx(expected[s][0], rel=1e-5)
-        assert results[0][0][s][1] == pytest.approx(expected[s][1], rel=1e-5)
-    got = assemble([r[1] for r in results], end)
-    for name, weight in end.items():
-        moved = (weight - begin[name]).norm()
-        assert (got[name] - weight).norm() <= 1e-3 * moved, name
-        for result in results:  # the model that the next forward uses is the assembled one
-            assert torch.equal(result[2][name], got[name]), name
-    for result in results:  # every step went once through the schedule and once through ZeRO
-        assert result[3] == 20 and result[4] == 20
+    assert_equals_one_plain_process(config, ranks)
 
 
 def engine_calls(config: RunConfig, steps: int) -> list[str]:
@@ -160,11 +67,11 @@ def test_each_step_passes_once_through_each_engine(ranks: int) -> None:
 
 def first_update(config: RunConfig) -> Any:
     world, step = start(config)
-    before = pieces(step.optimizer.fragments(), "weight")
+    before = {f.name: f.tensors["weight"].clone() for f in step.optimizer.fragments()}
     step(micro_batches(config, 1, world.rank, world.size), 1)
-    after = pieces(step.optimizer.fragments(), "weight")
+    after = {f.name: f.tensors["weight"].clone() for f in step.optimizer.fragments()}
     world.shut_down()
-    return {name: (before[name][1], after[name][1]) for name in before}
+    return {name: (before[name], after[name]) for name in before}
 
 
 def test_each_decay_group_has_its_own_rate_and_decay_in_the_engine() -> None:

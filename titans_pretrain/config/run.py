@@ -64,10 +64,28 @@ class TrainConfig(Section):
         return self.ramp.start * (1 + (step - 1) * (levels - 1) // self.ramp.steps)
 
 
-class ParallelConfig(Section):
-    """How ranks divide the model; data parallelism takes what is left of the world."""
+class ZeroConfig(Section):
+    """What data-parallel ranks divide among them (DeepSpeed ZeRO, arXiv 1910.02054)."""
 
-    tensor: Positive = 1  # ranks that share each layer's heads and MLP columns
+    # 1: optimizer state; 2: gradients, too; 3: parameters, too.
+    stage: Annotated[int, Field(ge=0, le=3)] = 1
+    offload: bool = False  # optimizer state in the host's memory
+    bucket: Positive = 500_000_000  # elements reduced at once, at most
+    overlap: bool = False  # reduce while the backward goes on; stages 2 and 3
+    # Neighbouring ranks that hold a whole copy of the parameters between them, e.g. those of a
+    # node; stage 3 (hpZ of ZeRO++, arXiv 2306.10209). 1: all ranks share one.
+    copy_within: Positive = 1
+
+
+class ParallelConfig(Section):
+    """How ranks divide the model and the sequence; data parallelism takes what is left."""
+
+    tensor: Positive = 1  # ranks that share each layer's heads, MLP columns and vocabulary
+    sequence: bool = False  # these ranks split the tokens between layers, too
+    pipeline: Positive = 1  # stages of neighbouring blocks
+    interleave: Positive = 1  # pieces of the model on each stage
+    context: Positive = 1  # ranks that share each row's tokens
+    zero: ZeroConfig = ZeroConfig()
 
 
 class ValidationConfig(Section):

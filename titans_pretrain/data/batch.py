@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,3 +53,12 @@ def concatenate(batches: list[Batch]) -> Batch:
     """The rows of several batches as one."""
     fields = Batch.__dataclass_fields__
     return Batch(**{name: torch.cat([getattr(b, name) for b in batches]) for name in fields})
+
+
+def uncounted(batch: Batch) -> Batch:
+    """The same rows as ones that only fill a batch."""
+    return replace(
+        batch,
+        loss_mask=torch.zeros_like(batch.loss_mask),
+        samples=torch.full_like(batch.samples, -1),
+    )

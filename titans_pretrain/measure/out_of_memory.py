@@ -121,7 +121,8 @@ def _block(trace: TracebackType | None, step: TrainStep | None) -> str | None:
         frame = trace.tb_frame
         if frame.f_code is Block.forward.__code__:
             block = frame.f_locals.get("self")
-            return next((n for n, b in step.model.blocks.items() if b is block), None)
+            held = (b for piece in step.pieces for b in piece.model.blocks.items())
+            return next((number for number, b in held if b is block), None)
         trace = trace.tb_next
     return None
 

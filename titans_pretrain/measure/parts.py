@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Protocol
 
@@ -46,12 +46,13 @@ class Watcher(Protocol):
 
 
 @contextlib.contextmanager
-def watch_parts(stage: Stage, watcher: Watcher) -> Iterator[None]:
-    """Tells `watcher` of the parts of the stage's model inside the block."""
+def watch_parts(stages: Sequence[Stage], watcher: Watcher) -> Iterator[None]:
+    """Tells `watcher` of the parts of the stages' models inside the block."""
     undo: list[Callable[[], None]] = []
     stack: list[str] = []
-    for owner, name, part, where in _calls(stage):
-        undo.append(_wrap(owner, name, part, where, watcher, stack))
+    for stage in stages:
+        for owner, name, part, where in _calls(stage):
+            undo.append(_wrap(owner, name, part, where, watcher, stack))
     try:
         yield
     finally:
@@ -62,8 +63,10 @@ def watch_parts(stage: Stage, watcher: Watcher) -> Iterator[None]:
 def _calls(stage: Stage) -> Iterator[tuple[Any, str, str, str]]:
     """(owner, name of its method, part, block) of all that is wrapped."""
     model: Any = stage.model
-    yield model.embedding, "forward", "embedding", ""
-    yield model.head, "forward", "head and loss", ""
+    if model.embedding is not None:
+        yield model.embedding, "forward", "embedding", ""
+    if model.head is not None:
+        yield model.head, "forward", "head and loss", ""
     yield stage, "token_loss", "head and loss", ""
     for number, block in model.blocks.items():
         where = f"blocks.{number}"

@@ -18,6 +18,7 @@ import json
 import logging
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,15 @@ class Profile:
     """
 
     def __init__(
-        self, config: RunConfig, folder: Path, world: World, stage: Stage, first: int, last: int
+        self,
+        config: RunConfig,
+        folder: Path,
+        world: World,
+        stages: Sequence[Stage],
+        first: int,
+        last: int,
     ) -> None:
-        self._world, self._stage = world, stage
+        self._world, self._stages = world, stages
         self._looking = contextlib.ExitStack()
         self._profiler: Any = None
         self._window: tuple[int, int] | None = None
@@ -121,7 +128,7 @@ class Profile:
         """From now on phases and parts are ranges of the trace."""
         ranges = _Ranges()
         self._looking.enter_context(phases.listening(ranges))
-        self._looking.enter_context(watch_parts(self._stage, ranges))
+        self._looking.enter_context(watch_parts(self._stages, ranges))
         if self._world.device.type == "cuda":
             torch.cuda.memory._record_memory_history(max_entries=MOST_ALLOCATIONS)
             self._looking.callback(torch.cuda.memory._record_memory_history, enabled=None)

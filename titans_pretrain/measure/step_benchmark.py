@@ -36,7 +36,7 @@ from titans_pretrain.measure.stopwatch import Key, Stopwatch
 from titans_pretrain.memory.live_bytes import LiveBytes
 from titans_pretrain.model.counts import flops_per_token, parameter_count
 from titans_pretrain.parallel.layout import plan_layout, require_built
-from titans_pretrain.parallel.world import World, start_world
+from titans_pretrain.parallel.world import World, start_world, world_size
 from titans_pretrain.phases import at_step, listening, phase
 from titans_pretrain.run.folder import RunFolder
 from titans_pretrain.step import DTYPES, Progressed, TrainStep
@@ -89,10 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(config: RunConfig, steps: int, warm_up: int, synthetic: bool) -> dict[str, Any]:
     """Runs the steps on this rank; the figures, plain values for JSON. Collective."""
     require_built(config)
+    layout = plan_layout(config, world_size())
     with contextlib.ExitStack() as leaving, Failing(config) as failing:
-        world = failing.joined(start_world(config.train))
+        world = failing.joined(start_world(config.train, layout))
         leaving.callback(world.shut_down)
-        layout = plan_layout(config, world.size)
         made = synthetic or not prepared(config)
         last = warm_up + 2 * steps + 1
         config = for_benchmark(config, last)
@@ -115,7 +115,7 @@ def measure(config: RunConfig, steps: int, warm_up: int, synthetic: bool) -> dic
         for number in range(warm_up + 1, last, 2):
             rates.append(matmul_rate(world.device, dtype))
             plain.append(bench.step(number))
-            with listening(clock), watch_parts(step.stage, clock):
+            with listening(clock), watch_parts(step.stages, clock):
                 clock.start()
                 bench.step(number + 1)
                 watched.append(clock.stop())
@@ -159,7 +159,7 @@ def _made(config: RunConfig, world: World) -> tuple[RunConfig, Any]:
     config = config.model_copy(update={"model": model})
 
     def repeat() -> Batches:
-        micro_batches = made_batches(config, 1, world.rank, world.size)
+        micro_batches = made_batches(config, 1, world.place.data, world.layout.data_parallel)
         while True:
             yield micro_batches, {}
 
@@ -195,7 +195,7 @@ class _Bench:
         with phase("watch"):
             at = Progressed(number, self.labels, data)
             took = time.perf_counter() - began
-            self.watch.record(at, report, took, waited, self.train_step.model)
+            self.watch.record(at, report, took, waited, self.train_step.whole_model)
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began

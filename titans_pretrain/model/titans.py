@@ -115,6 +115,17 @@ class TitansLM(nn.Module):
             x = self.head(x)
         return x, after if carry else None
 
+    def keep(self, blocks: range, *, first: bool, last: bool) -> TitansLM:
+        """Forgets what is not in the piece of these blocks: what stands before them, unless it is
+        the `first` piece, and what follows them, unless it is the `last`. Names stay."""
+        for name in [name for name in self.blocks if int(name) not in blocks]:
+            del self.blocks[name]
+        if not first:
+            self.embedding = None
+        if not last:
+            self.final_norm = self.head = None
+        return self
+
     def _tie(self) -> None:
         if self.config.tied_embeddings and self.head is not None and self.embedding is not None:
             self.head.weight = self.embedding.weight

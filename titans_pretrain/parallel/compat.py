@@ -6,11 +6,11 @@ With CUDA each of them does nothing. A canary test says when an engine stops nee
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
 from torch.overrides import TorchFunctionMode
 
 
@@ -30,9 +30,21 @@ class _CudaLiteralToCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def cuda_literals() -> AbstractContextManager[Any]:
-    """Context for one call of a Megatron schedule."""
-    return contextlib.nullcontext() if torch.cuda.is_available() else _CudaLiteralToCpu()
+@contextlib.contextmanager
+def cuda_literals() -> Iterator[None]:
+    """Context for one call of a Megatron schedule, with all the forwards and backwards in it: where
+    there is no CUDA, what Megatron allocates on it is on the CPU."""
+    if torch.cuda.is_available():
+        yield
+        return
+    before = torch.cuda.current_device, torch.cuda.synchronize
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda device=None: None
+    try:
+        with _CudaLiteralToCpu():
+            yield
+    finally:
+        torch.cuda.current_device, torch.cuda.synchronize = before
 
 
 def skip_shared_memory_build() -> None:
@@ -45,3 +57,21 @@ def skip_shared_memory_build() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextlib.contextmanager
+def wide_logits(dtype: torch.dtype) -> Iterator[None]:
+    """Megatron's vocabulary-parallel cross entropy rounds logits to float32; float64 stays here."""
+    if dtype != torch.float64:
+        yield
+        return
+    before = VocabParallelCrossEntropy.calculate_logits_max
+
+    def keep(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return logits, logits.max(dim=-1)[0]
+
+    VocabParallelCrossEntropy.calculate_logits_max = staticmethod(keep)
+    try:
+        yield
+    finally:
+        VocabParallelCrossEntropy.calculate_logits_max = staticmethod(before)

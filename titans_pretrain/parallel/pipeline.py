@@ -1,15 +1,18 @@
 """Drives a model's micro-batches through Megatron-core's forward-backward schedule.
 
-One schedule for every size: at one pipeline stage it is `forward_backward_no_pipelining`.
+One schedule for every size: without pipeline stages it is `forward_backward_no_pipelining`, with
+them 1F1B (arXiv 2006.09503), or its interleaved form (arXiv 2104.04473).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -17,6 +20,7 @@ from torch import nn
 
 from titans_pretrain.data.batch import Batch
 from titans_pretrain.parallel import compat
+from titans_pretrain.parallel.layout import Layout
 from titans_pretrain.phases import phase
 
 
@@ -30,29 +34,52 @@ class StepLoss:
     penalty: float = 0.0  # summed over counted labels, without its coefficient
 
 
+TokenLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits, labels -> [B, T]
 Penalty = Callable[[torch.Tensor], torch.Tensor]  # logits [B, T, V] -> [B, T]
 
 
 class Stage(nn.Module):
-    """One pipeline stage as Megatron's schedules see it: a config, an input, a forward.
+    """A piece of the model as Megatron's schedules see it: a config, an input, a forward.
 
-    penalty: a coefficient and what it multiplies, added to the loss of each label in training.
+    Args:
+        model: (tokens or hidden states [B, T, D], positions [B, T], carry=False) -> (logits or
+            hidden states, None).
+        layout: degrees; width: D.
+        penalty: a coefficient and what it multiplies, added to each label's loss in training.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        token_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        token_loss: TokenLoss,
         dtype: torch.dtype,
+        layout: Layout,
+        width: int,
         penalty: tuple[float, Penalty] | None = None,
+        *,
+        first: bool = True,
+        last: bool = True,
     ) -> None:
         super().__init__()
         self.model, self.token_loss, self.penalty = model, token_loss, penalty
-        # Megatron reads its schedule switches from a TransformerConfig; its sizes mean nothing.
+        self.first, self.last = first, last
+        self.run: Callable[..., Any] = model  # ZeRO 2 and 3 put their engine in its place
+        parallel = layout.parallel
+        interleaved = parallel.interleave > 1
+        # Megatron reads its schedule's switches, and the width, from a TransformerConfig; its other
+        # sizes mean nothing.
         self.config = TransformerConfig(
-            num_layers=1,
-            hidden_size=1,
-            num_attention_heads=1,
+            num_layers=layout.pieces,
+            hidden_size=width,
+            num_attention_heads=parallel.tensor,
+            tensor_model_parallel_size=parallel.tensor,
+            sequence_parallel=parallel.sequence,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.interleave if interleaved else None,
+            # Batched exchanges between two interleaved stages are silently wrong (Megatron-LM
+            # issues 750 and 1450).
+            batch_p2p_comm=not interleaved,
+            overlap_p2p_comm=interleaved,
             params_dtype=dtype,
             pipeline_dtype=dtype,
             bf16=dtype == torch.bfloat16,
@@ -64,44 +91,58 @@ class Stage(nn.Module):
         self.input = tensor[0] if isinstance(tensor, list) else tensor
 
     def forward(self, batch: Batch, device: torch.device) -> torch.Tensor:
-        """Cross entropy of each label [1, B, T], fp32; in training, with a penalty, that too."""
+        """Of the last piece the cross entropy of each label [1, B, T], fp32; in training, with a
+        penalty, that too. Of the others hidden states [T, B, D], as Megatron sends them."""
+        if self.first:
+            x = batch.tokens.to(device)
+        else:
+            assert self.input is not None
+            x = self.input.transpose(0, 1)
         # The model plans from positions on the host: there they stay.
-        logits, _ = self.model(batch.tokens.to(device), batch.positions, carry=False)
-        terms = [self.token_loss(logits, batch.labels.to(device))]
+        x, _ = self.run(x, batch.positions, carry=False)
+        if not self.last:
+            return x.transpose(0, 1).contiguous()
+        terms = [self.token_loss(x, batch.labels.to(device))]
         if self.penalty is not None and torch.is_grad_enabled():
-            terms.append(self.penalty[1](logits))
+            terms.append(self.penalty[1](x))
         return torch.stack(terms)
 
 
 class Schedule:
-    """Runs the micro-batches of a step on this rank, forward and backward or forward only."""
+    """Runs the micro-batches of a step on this rank, forward and backward or forward only.
 
-    def __init__(self, stage: Stage, data_parallel: int, device: torch.device) -> None:
-        self.stage, self.data_parallel, self.device = stage, data_parallel, device
+    `stages`: the pieces of the model that this rank holds, in order.
+    """
+
+    def __init__(self, stages: Sequence[Stage], data_parallel: int, device: torch.device) -> None:
+        self.stages, self.data_parallel, self.device = list(stages), data_parallel, device
         self.calls = 0  # how often Megatron's schedule ran
 
     def run(
         self, micro_batches: Sequence[Batch], *, tokens_in_step: int, train: bool = True
     ) -> StepLoss:
         """Args:
-        micro_batches: this rank's share of the step.
-        tokens_in_step: counted labels of the whole step, over all ranks and micro-batches; the
-            gradient is that of the mean over them.
+            micro_batches: this rank's share of the step.
+            tokens_in_step: counted labels of the whole step, over all ranks and micro-batches; the
+                gradient is that of the mean over them.
+        Returns:
+            What the last piece saw; nothing on ranks without it.
         """
         # Megatron divides the returned loss by the number of micro-batches, ZeRO averages over
         # data-parallel ranks: undone here, so that the loss is the mean over tokens_in_step.
         scale = len(micro_batches) * self.data_parallel / max(1, tokens_in_step)
         losses: list[tuple[torch.Tensor, Batch]] = []
-        coefficient = 0.0 if self.stage.penalty is None else self.stage.penalty[0]
+        penalty = self.stages[-1].penalty
+        coefficient = 0.0 if penalty is None else penalty[0]
 
         def forward_step(batches: Iterator[Batch], stage: nn.Module) -> tuple[torch.Tensor, Any]:
             batch = next(batches)
             with phase("forward"):
                 terms = stage(batch, self.device)
-                mask = batch.loss_mask.to(self.device)
 
             def loss(terms: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
                 with phase("forward"):
+                    mask = batch.loss_mask.to(self.device)
                     # Select, never multiply: a pad's loss may be anything, even not finite.
                     counted = torch.where(mask, terms, torch.zeros_like(terms))
                     losses.append((counted.detach(), batch))
@@ -115,11 +156,13 @@ class Schedule:
 
         # Forwards are phases of their own; what is left of a training schedule is backward.
         whole = phase("backward" if train else "forward")
+        interleaved = len(self.stages) > 1
+        batches = [iter(micro_batches) for _ in self.stages]
         with whole, compat.cuda_literals(), torch.set_grad_enabled(train):
             get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=iter(micro_batches),
-                model=self.stage,
+                data_iterator=batches if interleaved else batches[0],
+                model=self.stages if interleaved else self.stages[0],
                 num_microbatches=len(micro_batches),
                 seq_length=micro_batches[0].tokens.shape[1],
                 micro_batch_size=micro_batches[0].tokens.shape[0],
@@ -127,6 +170,16 @@ class Schedule:
             )
         self.calls += 1
         return _totals(losses)
+
+
+def sum_tied(gradients: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Collective over the first and the last stage. Sums the gradients of a tied embedding and of
+    the head that is its copy, in place."""
+    if not parallel_state.is_rank_in_embedding_group():
+        return
+    for path, gradient in gradients:
+        if path.endswith(("embedding.weight", "head.weight")):
+            dist.all_reduce(gradient, group=parallel_state.get_embedding_group())
 
 
 def _totals(losses: list[tuple[torch.Tensor, Batch]]) -> StepLoss:

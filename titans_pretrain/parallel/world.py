@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from titans_pretrain.config import TrainConfig
+from titans_pretrain.config import ParallelConfig, TrainConfig
 from titans_pretrain.errors import ConfigError, TitansError
+from titans_pretrain.parallel.layout import Layout, Place
 
 T = TypeVar("T")
 
@@ -29,6 +30,12 @@ class World:
     local_size: int
     device: torch.device
     threads: int
+    layout: Layout
+
+    @property
+    def place(self) -> Place:
+        """This rank's coordinates."""
+        return self.layout.place(self.rank)
 
     @property
     def host(self) -> str:
@@ -51,6 +58,12 @@ class World:
         items: list[Any] = [None] * self.size
         dist.all_gather_object(items, item)
         return items
+
+    def gather_by_data(self, item: Any) -> list[Any]:
+        """One `item` of each data-parallel rank, on every rank."""
+        told = self.gather_objects(item)
+        by_data = {self.layout.place(rank).data: it for rank, it in enumerate(told)}
+        return [by_data[data] for data in range(self.layout.data_parallel)]
 
     def broadcast_object(self, item: Any) -> Any:
         """Rank 0's `item` on every rank."""
@@ -116,14 +129,21 @@ def choose_device(asked: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def start_world(train: TrainConfig, timeout_s: float = 1800) -> World:
+def world_size() -> int:
+    """Ranks that the environment promises; without WORLD_SIZE this process is alone."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_world(train: TrainConfig, layout: Layout | None = None, timeout_s: float = 1800) -> World:
     """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT describe.
 
     Without RANK this process is a world of one. gloo on a CPU, NCCL on CUDA (with gloo for CPU
-    tensors); Megatron's groups on top. Raises ConfigError where they say too little.
+    tensors); Megatron's groups of `layout` on top (default: data parallel alone). Raises
+    ConfigError where they say too little.
     """
     env = os.environ
-    rank, size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+    rank, size = int(env.get("RANK", 0)), world_size()
+    layout = layout or Layout(size, ParallelConfig(), size, 1)
     local_rank = int(env.get("LOCAL_RANK", rank))
     local_size = int(env.get("LOCAL_WORLD_SIZE", size))
     if size > 1 and "MASTER_ADDR" not in env:
@@ -155,5 +175,11 @@ def start_world(train: TrainConfig, timeout_s: float = 1800) -> World:
         store=store,
         timeout=timedelta(seconds=timeout_s),
     )
-    parallel_state.initialize_model_parallel(1, 1)
-    return World(rank, size, local_rank, local_size, device, threads)
+    interleave = layout.parallel.interleave
+    parallel_state.initialize_model_parallel(
+        layout.tensor,
+        layout.pipeline,
+        interleave if interleave > 1 else None,
+        context_parallel_size=layout.context,
+    )
+    return World(rank, size, local_rank, local_size, device, threads, layout)

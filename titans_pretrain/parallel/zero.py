@@ -1,7 +1,8 @@
-"""Hands model and optimizer to DeepSpeed ZeRO-1 and gives names to what it owns.
+"""Hands model and optimizer to DeepSpeed ZeRO and gives names to what it owns.
 
-DeepSpeed flattens each parameter group and gives every data-parallel rank one contiguous part of
-it, with fp32 master weights and AdamW moments. This file is the only one that knows DeepSpeed.
+Stages 1 and 2 flatten each parameter group and give every data-parallel rank one contiguous part of
+it, with fp32 master weights and AdamW moments; stage 3 gives every rank a part of each parameter.
+This file is the only one that knows DeepSpeed.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +20,9 @@ from deepspeed.utils import logger as deepspeed_logger
 from megatron.core import parallel_state
 from torch import nn
 
+from titans_pretrain.config import ZeroConfig
 from titans_pretrain.parallel import compat
-from titans_pretrain.parallel.layout import Fragment
+from titans_pretrain.parallel.layout import Fragment, Shard
 from titans_pretrain.phases import phase
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -64,49 +66,61 @@ class MegatronUnit:
 
 
 class ZeroOptimizer:
-    """ZeRO-1 over one model: reduce, clip, step; and every owned piece by its unsharded name.
+    """ZeRO over the model that this rank holds: reduce, clip, step; and every owned piece by its
+    unsharded name.
 
     Args:
         model: parameters in fp32 or bf16; gradients are accumulated by plain backwards
             (Megatron's schedule drives them) in fp32.
+        shards: what each parameter of the model is of the unsharded one, by its path in the model.
         groups: AdamW parameter groups (`params`, `lr`, `weight_decay`, ...).
+        zero: stage, offload, buckets.
         betas, eps: AdamW's.
         clip: largest global gradient norm.
         micro_batch: rows of one forward (DeepSpeed only reports with it).
+        first: whether, of the ranks that hold equal copies, this rank's stands for all: it alone
+            saves what is not divided among tensor-parallel ranks.
+        repeated: paths of parameters that another pipeline stage holds, too, and stands for.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        shards: Mapping[str, Shard],
         groups: list[dict[str, Any]],
         *,
+        zero: ZeroConfig,
         betas: tuple[float, float],
         eps: float,
         clip: float,
         micro_batch: int,
+        first: bool = True,
+        repeated: Sequence[str] = (),
     ) -> None:
         compat.skip_shared_memory_build()
         deepspeed_logger.setLevel(logging.ERROR)
-        bf16 = next(model.parameters()).dtype == torch.bfloat16
+        self.stage = zero.stage
+        self._parameters = dict(model.named_parameters())
+        self._shards, self._first, self._repeated = shards, first, frozenset(repeated)
+        for path in repeated:  # DeepSpeed's mark: not counted again in the gradient norm
+            self._parameters[path].ds_pipe_replicated = True  # type: ignore[attr-defined]
+        self._bf16 = next(model.parameters()).dtype == torch.bfloat16
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": 1,
             # The caller owns accumulation: backwards only add, `step()` reduces once.
             "managed_gradient_accumulation": False,
             "gradient_clipping": clip,
-            "zero_optimization": {
-                "stage": 1,
-                "overlap_comm": False,
-                # DeepSpeed allocates a whole bucket in each step: 2 GB by default.
-                "reduce_bucket_size": min(500_000_000, sum(p.numel() for p in model.parameters())),
-            },
+            "zero_optimization": self._zero_settings(zero),
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**12,
         }
-        if bf16:
-            config["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        if self._bf16:
+            config["bf16"] = {"enabled": True}
             config["data_types"] = {"grad_accum_dtype": "fp32"}
+            if zero.stage == 1:
+                config["bf16"]["immediate_grad_update"] = True
         self.adamw = torch.optim.AdamW(groups, lr=groups[0]["lr"], betas=betas, eps=eps)
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
             self.engine, *_ = deepspeed.initialize(
@@ -116,21 +130,40 @@ class ZeroOptimizer:
                 mpu=MegatronUnit(),
                 dist_init_required=False,
             )
-        self._names = {id(p): name for name, p in model.named_parameters()}
-        self._parameters = dict(model.named_parameters())
-        self._bf16 = bf16
         # AdamW makes its moments at the first step, DeepSpeed links them after it. Made now, they
         # can be loaded into before, and each state has one lifetime.
-        self._flats = [
-            flat for g in self.adamw.param_groups for flat in g["params"]
-        ]  # fp32 masters
+        self._flats: list[torch.Tensor] = (  # fp32 masters
+            self.engine.optimizer.fp32_partitioned_groups_flat
+            if zero.stage == 3
+            else [flat for g in self.adamw.param_groups for flat in g["params"]]
+        )
         for flat in self._flats:
             self.adamw.state[flat] = {"step": torch.tensor(0.0)} | {
                 moment: torch.zeros_like(flat) for moment in MOMENTS
             }
-        self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        if zero.stage < 3:
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
         self._phase = phase("reduce")
         self._name_phases()
+
+    def _zero_settings(self, zero: ZeroConfig) -> dict[str, Any]:
+        # DeepSpeed allocates a whole bucket in each step: 2 GB by default.
+        held = sum(p.numel() for p in self._parameters.values())
+        bucket = min(zero.bucket, held)
+        settings: dict[str, Any] = {
+            "stage": zero.stage,
+            "overlap_comm": zero.overlap,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        }
+        if zero.offload:
+            settings["offload_optimizer"] = {
+                "device": "cpu",
+                "pin_memory": torch.cuda.is_available(),
+            }
+        if zero.copy_within > 1:
+            settings["zero_hpz_partition_size"] = zero.copy_within
+        return settings
 
     def _name_phases(self) -> None:
         """Tells where the engine's step is: reduce, clip, optimizer (a group), .., gather."""
@@ -141,7 +174,8 @@ class ZeroOptimizer:
             self._phase.become("clip")
 
         def updated(adamw: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            last = adamw.param_groups[-1]["params"][-1] is self._flats[-1]
+            done = [flat for group in adamw.param_groups for flat in group["params"]]
+            last = any(flat is self._flats[-1] for flat in done)
             self._phase.become("gather" if last else "clip")
 
         self.engine.allreduce_gradients = reduce_gradients
@@ -165,7 +199,10 @@ class ZeroOptimizer:
         return float(self.engine.get_global_grad_norm())
 
     def local_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """This rank's accumulated gradients by name, before reduction."""
+        """This rank's accumulated gradients by their paths, before reduction. Stages 2 and 3 keep
+        none: they reduce in each backward."""
+        if self.stage > 1:
+            return
         for name, parameter in self._parameters.items():
             gradient = getattr(parameter, "_hp_grad", None) if self._bf16 else parameter.grad
             if gradient is not None:
@@ -198,21 +235,45 @@ class ZeroOptimizer:
 
     def _owned(self) -> Iterator[tuple[Fragment, torch.Tensor, int]]:
         """(fragment, its flat fp32 partition, offset therein) of each parameter owned in part."""
-        for name, parameter in self._parameters.items():
+        for path, parameter in self._parameters.items():
+            where = self._partition(parameter)
+            if where is None:
+                continue
+            flat, offset, start, numel = where
+            state = self.adamw.state[flat]
+            tensors = {"weight": flat.detach().narrow(0, offset, numel)}
+            for moment in MOMENTS:
+                tensors[moment] = state[moment].narrow(0, offset, numel)
+            shard = self._shards[path]
+            first = self._first or (shard.parts > 1 and shard.dim is not None)
+            first = first and path not in self._repeated
+            yield Fragment(shard, start, numel, tensors, first), flat, offset
+
+    def _partition(self, parameter: nn.Parameter) -> tuple[torch.Tensor, int, int, int] | None:
+        """(flat fp32 partition, offset therein, first element owned, how many) of a parameter, or
+        None where this rank owns nothing of it."""
+        if self.stage < 3:
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is None:
-                continue
-            flat = self._flats[mapping.param_group_index]
+                return None
             here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-            state = self.adamw.state[flat]
-            tensors = {"weight": flat.detach().narrow(0, here.start, here.numel)}
-            for moment in MOMENTS:
-                tensors[moment] = state[moment].narrow(0, here.start, here.numel)
-            shape = tuple(parameter.shape)
-            yield Fragment(name, shape, there.start, there.numel, tensors), flat, here.start
+            return self._flats[mapping.param_group_index], here.start, there.start, here.numel
+        optimizer = self.engine.optimizer
+        group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = optimizer._get_param_partition_rank(parameter) * size
+        owned = min(size, parameter.ds_numel - start)  # type: ignore[attr-defined]
+        return (self._flats[group], offset, start, owned) if owned > 0 else None
 
     def weights_loaded(self, step: int) -> None:
         """After loading into `fragments()`: sets AdamW's step and gathers the model's weights."""
         for flat in self._flats:
             self.adamw.state[flat]["step"].fill_(step)
-        self.engine.optimizer.update_lp_params()
+        optimizer = self.engine.optimizer
+        if self.stage < 3:
+            optimizer.update_lp_params()
+            return
+        for group in range(len(self._flats)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        optimizer.invalidate_secondary_tensor()

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from titans_pretrain.errors import DataError
-from titans_pretrain.parallel.layout import Fragment, flat_range_boxes
+from titans_pretrain.parallel.layout import Fragment
 
 METADATA_FILE = ".metadata"
 
@@ -43,11 +43,10 @@ class OwnedBoxes:
     def __init__(self, fragment: Fragment, flat: torch.Tensor) -> None:
         self.shape = torch.Size(fragment.shape)
         self.flat = flat
-        boxes = flat_range_boxes(fragment.shape, fragment.start, fragment.start + fragment.numel)
         self.views: dict[tuple[int, ...], torch.Tensor] = {}
         self.chunks: list[ChunkStorageMetadata] = []
         at = 0
-        for offsets, sizes in boxes:
+        for offsets, sizes in fragment.boxes():
             size = torch.Size(sizes)
             self.views[offsets] = _alone(flat.narrow(0, at, size.numel())).view(size)
             self.chunks.append(ChunkStorageMetadata(torch.Size(offsets), size))
@@ -208,7 +207,7 @@ def save_tensors(
 ) -> None:
     """Collective. Writes this rank's fragments, and once the replicated `tensors`, fsynced."""
     dcp.save(
-        _state(fragments, tensors, None),
+        _state([fragment for fragment in fragments if fragment.first], tensors, None),
         storage_writer=_Writer(str(folder), thread_count=1, sync_files=True),
         planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
     )

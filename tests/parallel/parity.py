@@ -1,0 +1,164 @@
+"""Any layout against one plain process, in float64: the loss and every named gradient.
+
+The plain process knows no Megatron, DeepSpeed, plan or shard: the model, its loss, one backward.
+Weights are those of a model whose memory matters (tests/model/helpers.py), documents are packed and
+end anywhere, the last row has a ragged tail.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tests.model.helpers import hot_model
+from tests.parallel.tiny import batch_of, micro_batches, tiny_config
+from tests.worlds import run_world
+from titans_pretrain.config import RunConfig
+from titans_pretrain.model.loss import token_loss, z_penalty
+from titans_pretrain.parallel.layout import Shard, plan_layout
+from titans_pretrain.parallel.pipeline import Schedule, Stage, sum_tied
+from titans_pretrain.parallel.tensor import fill, vocabulary_loss, vocabulary_penalty
+from titans_pretrain.parallel.world import start_world
+from titans_pretrain.pieces import build_pieces
+
+TOLERANCE = 1e-9  # of a tensor's largest entry
+Z = 0.01  # z-loss: its sum over the vocabulary is one more thing to divide
+Gradients = dict[str, torch.Tensor]
+Meddle = Callable[[], Any]  # run on each rank before anything is built, to break something
+
+
+def parity_config(variant: str, parallel: dict[str, Any], **changes: Any) -> RunConfig:
+    """Eight blocks and eight heads, so that four ranks in either direction have two of each."""
+    model = {
+        "model__variant": variant,
+        "model__blocks": 2 * parallel.get("pipeline", 1) * parallel.get("interleave", 1),
+        "model__width": 32,
+        "model__heads": 8,
+        "model__mlp_width": 48,
+        "model__vocab_size": 64,
+        "model__segment": 16,
+        "model__persistent_tokens": 3,
+        "train__z_loss": Z,
+        "train__micro_batch": 1,
+        "parallel": parallel,
+    }
+    if variant in ("transformer", "mag", "mal"):
+        model["model__window"] = 11
+    return tiny_config(**{**model, **changes})
+
+
+def values_of(config: RunConfig) -> dict[str, torch.Tensor]:
+    """The weights of both sides, by unsharded name."""
+    return {n: p.detach().clone() for n, p in hot_model(config.model).named_parameters()}
+
+
+def plain(config: RunConfig) -> tuple[float, Gradients]:
+    """Nats a label of step 1's rows, and the gradient of the objective."""
+    model, rows = hot_model(config.model), config.train.global_batch
+    batch = batch_of(list(range(rows, 2 * rows)))
+    logits, _ = model(batch.tokens, batch.positions, carry=False)
+    nats = token_loss(logits, batch.labels)[batch.loss_mask].mean()
+    z = z_penalty(logits)[batch.loss_mask].mean()
+    (nats + config.train.z_loss * z).backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert len(gradients) == len(list(model.parameters()))
+    return nats.item(), gradients
+
+
+def divided(
+    config: RunConfig, values: dict[str, torch.Tensor], meddle: Meddle | None
+) -> tuple[float, list[tuple[Shard, torch.Tensor]]]:
+    """On a rank: its share of the nats a label, and the gradients of its shards, ZeRO's average
+    over data-parallel ranks not yet taken."""
+    if meddle is not None:
+        meddle()
+    layout = plan_layout(config, int(__import__("os").environ.get("WORLD_SIZE", 1)))
+    world = start_world(config.train, layout)
+    pieces = build_pieces(
+        config.model,
+        layout,
+        world.rank,
+        seed=0,
+        dtype=torch.float64,
+        device=torch.device("cpu"),
+        recompute=config.train.recompute == "blocks",
+        sequence_length=config.data.sequence_length,
+    )
+    for piece in pieces:
+        shards = {p: s for p, s in pieces.shards.items() if len(pieces.pieces) == 1}
+        if not shards:
+            number = str(pieces.pieces.index(piece))
+            own = {p: s for p, s in pieces.shards.items() if p.partition(".")[0] == number}
+            shards = {path.partition(".")[2]: shard for path, shard in own.items()}
+        fill(piece.model, shards, lambda name, shape: values[name])
+    share = layout.tensor > 1
+    loss = vocabulary_loss if share else token_loss
+    z = (config.train.z_loss, vocabulary_penalty if share else z_penalty)
+    where = (torch.float64, layout, config.model.width)
+    stages = [Stage(p.model, loss, *where, z, first=p.first, last=p.last) for p in pieces]
+    schedule = Schedule(stages, layout.data_parallel, world.device)
+    place = world.place
+    batches = micro_batches(config, 1, place.data, layout.data_parallel)
+    labels = sum(int(b.loss_mask.sum()) for b in batches) * (place.tensor + place.pipeline == 0)
+    tokens = int(world.sum([float(labels)])[0])
+    seen = schedule.run(batches, tokens_in_step=tokens)
+    gradients = {n: p.grad for n, p in pieces.root.named_parameters() if p.grad is not None}
+    if config.model.tied_embeddings and layout.pipeline > 1:
+        sum_tied(gradients.items())
+    nats = world.sum([seen.loss * (place.tensor == 0)])[0] / max(1, tokens)
+    found = [
+        (pieces.shards[path], gradients[path] / layout.data_parallel)
+        for path, _ in pieces.root.named_parameters()
+        if path in gradients
+    ]
+    data = [place.data] * len(found)
+    world.shut_down()
+    return nats, list(zip(found, data))  # type: ignore[return-value]
+
+
+def assemble(results: list[Any], reference: Gradients, data_parallel: int) -> Gradients:
+    """Whole gradients: summed over data-parallel ranks; copies on several ranks must agree."""
+    parts: dict[tuple[str, Any], dict[int, torch.Tensor]] = defaultdict(dict)
+    for _, found in results:
+        for (shard, gradient), data in found:
+            key = (shard.name, shard.box)
+            if data in parts[key]:
+                same = (parts[key][data] - gradient).abs().max()
+                assert same <= 1e-12 * gradient.abs().max(), f"{shard.name}: copies differ"
+            parts[key][data] = gradient
+    whole = {name: torch.full_like(g, torch.nan) for name, g in reference.items()}
+    for (name, (offsets, sizes)), by_data in parts.items():
+        assert len(by_data) == data_parallel, name
+        where = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
+        whole[name][where] = torch.stack(list(by_data.values())).sum(0)
+    return whole
+
+
+def compare(config: RunConfig, ranks: int, meddle: Meddle | None = None) -> dict[str, float]:
+    """Difference of the loss ("loss", relative) and of each gradient, relative to the largest entry
+    of the plain process's; NaN where a part is missing."""
+    nats, reference = plain(config)
+    results = run_world(divided, ranks, config, values_of(config), meddle, timeout=240)
+    layout = plan_layout(config, ranks)
+    found = assemble(results, reference, layout.data_parallel)
+    off = {"loss": max(abs(r[0] - nats) / abs(nats) for r in results)}
+    for name, gradient in reference.items():
+        largest = gradient.abs().max()
+        assert largest > 1e-9, f"{name} has no gradient to compare"
+        off[name] = float((found[name] - gradient).abs().max() / largest)
+    return off
+
+
+def worst(off: dict[str, float]) -> tuple[float, str]:
+    """The largest difference and whose it is; NaN is the largest of all."""
+    name = max(off, key=lambda n: (off[n] != off[n], off[n]))
+    return off[name], name
+
+
+def assert_parity(off: dict[str, float]) -> None:
+    bad = {n: d for n, d in off.items() if not d <= TOLERANCE}
+    told = ", ".join(f"{n} {d:.1e}" for n, d in sorted(bad.items(), key=lambda x: -x[1])[:5])
+    assert not bad, f"{len(bad)} of {len(off)} differ from one plain process: {told}"

@@ -1,0 +1,60 @@
+"""Every layout gives the loss and the gradients of one plain process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.parallel.parity import assert_parity, compare, parity_config
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "TP2": (2, {"tensor": 2}),
+    "TP4": (4, {"tensor": 4}),
+    "TP2+SP": (2, {"tensor": 2, "sequence": True}),
+    "PP2": (2, {"pipeline": 2}),
+    "PP4": (4, {"pipeline": 4}),
+    "PP2 x 2": (2, {"pipeline": 2, "interleave": 2}),
+    "DP2": (2, {}),
+    "TP2 PP2+SP": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
+    "PP2 DP2": (4, {"pipeline": 2}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mac_in_every_layout(layout: str) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    assert_parity(compare(parity_config("mac", parallel), ranks))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["transformer", "lmm", "mag", "mal"])
+def test_every_variant_divided_in_all_directions(variant: str) -> None:
+    parallel = {"tensor": 2, "pipeline": 2, "sequence": True}
+    assert_parity(compare(parity_config(variant, parallel), 8))
+
+
+@pytest.mark.parametrize("layout", ["TP2+SP", "PP2", "TP2 PP2+SP", "PP2 DP2"])
+def test_a_tied_head_wherever_it_is(layout: str) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    assert_parity(compare(parity_config("lmm", parallel, model__tied_embeddings=True), ranks))
+
+
+CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "grouped queries": ("mal", {"model__kv_heads": 4}),
+    "learned queries": (
+        "mac",
+        {"model__memory__retrieved": "learned", "model__memory__learned_queries": 3},
+    ),
+    "pooled queries": ("mac", {"model__memory__retrieved": "pool2"}),
+    "no inner norm": ("lmm", {"model__memory__residual_norm": False}),
+    "no persistent tokens": ("mag", {"model__persistent_tokens": 0}),
+    "blocks computed again": ("mac", {"train__recompute": "blocks"}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_model_may_have_is_divided_too(change: str) -> None:
+    variant, changes = CHANGES[change]
+    parallel = {"tensor": 2, "sequence": True}
+    assert_parity(compare(parity_config(variant, parallel, **changes), 2))
