@@ -25,6 +25,7 @@ _ELSEWHERE = {
     "prepare": ("text to token shards", "titans_pretrain.data.prepare_command"),
     "tokenizer": ("train, inspect or import a tokenizer", "titans_pretrain.data.tokenizer_command"),
     "generate": ("write text with a trained model", "titans_pretrain.evaluate.generate_command"),
+    "verify": ("check a layout against one plain process", "titans_pretrain.verify"),
     "gpu-check": ("check and time this machine's GPU", "titans_pretrain.measure.gpu_check"),
 }
 _BENCHMARKS = {
