@@ -106,6 +106,7 @@ class TrainStep:
             micro_batch=config.train.micro_batch,
             first=place.tensor == 0,
             repeated=self.pieces.repeated,
+            units=[block for p in self.pieces for block in p.model.blocks.values()],
         )
         if config.parallel.zero.stage > 1:
             self.stages[0].run = self.optimizer.engine

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import set_z3_leaf_module
 from megatron.core import parallel_state
 from torch import nn
 
@@ -81,6 +82,8 @@ class ZeroOptimizer:
         first: whether, of the ranks that hold equal copies, this rank's stands for all: it alone
             saves what is not divided among tensor-parallel ranks.
         repeated: paths of parameters that another pipeline stage holds, too, and stands for.
+        units: modules whose parameters stage 3 gathers all at once. What a block calls, and how
+            often, depends on the documents: gathered call by call, ranks would wait for ever.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class ZeroOptimizer:
         micro_batch: int,
         first: bool = True,
         repeated: Sequence[str] = (),
+        units: Iterable[nn.Module] = (),
     ) -> None:
         compat.skip_shared_memory_build()
         deepspeed_logger.setLevel(logging.ERROR)
@@ -104,6 +108,9 @@ class ZeroOptimizer:
         self._shards, self._first, self._repeated = shards, first, frozenset(repeated)
         for path in repeated:  # DeepSpeed's mark: not counted again in the gradient norm
             self._parameters[path].ds_pipe_replicated = True  # type: ignore[attr-defined]
+        if zero.stage == 3:
+            for unit in units:
+                set_z3_leaf_module(unit, True)
         self._bf16 = next(model.parameters()).dtype == torch.bfloat16
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": micro_batch,
