@@ -1,0 +1,331 @@
+"""Context parallelism: each rank of a chain computes one share of every row's tokens.
+
+Rank r has columns [r T/R, (r+1) T/R) of each row [B, T]. What mixers carry on from token to token,
+rank r takes from rank r - 1 and gives to rank r + 1, layer by layer; in backward the gradients go
+the other way. Layers run as a wave along the chain: a rank waits once for the ranks before it.
+
+Only floats travel. Every integer comes from a rank's own positions: a document that began on an
+earlier rank has a first position above 0, and what lies j tokens back is visible iff j <= position.
+
+Gradients of a rank are those of its own labels' losses, through all ranks: they are summed over
+the chain, as over data-parallel ranks, before they are used. No reduction over the chain may run
+inside backward: a rank would wait in it before it has sent what the others wait for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from titans_pretrain.data.batch import Batch
+
+Key = tuple[int, str, str]  # micro-batch, mixer, what
+Form = tuple[tuple[torch.Size, torch.dtype], ...]  # of the tensors of a message
+
+
+def shard(batch: Batch, index: int, size: int) -> Batch:
+    """The columns of rank `index` of a chain of `size`. Raises ValueError if they do not divide."""
+    T = batch.tokens.shape[1]
+    if T % size:
+        raise ValueError(
+            f"rows of {T} tokens over {size} context-parallel ranks; all ranks have equally many"
+        )
+    mine = slice(index * (T // size), (index + 1) * (T // size))
+    rows = ("tokens", "labels", "positions", "loss_mask")
+    return replace(batch, **{name: getattr(batch, name)[:, mine] for name in rows})
+
+
+class Link:
+    """This rank's ends of the chain: it sends to its neighbours and receives from them.
+
+    Messages have no tags: both ends work through the same hand-overs in the same order. Each way
+    has a process group of its own, so that a send in one never queues behind one in the other.
+    """
+
+    def __init__(
+        self, ranks: Sequence[int], forward: dist.ProcessGroup, backward: dist.ProcessGroup
+    ) -> None:
+        self.index, self.size = ranks.index(dist.get_rank()), len(ranks)
+        self.before = ranks[self.index - 1] if self.index else None
+        self.after = ranks[self.index + 1] if self.index + 1 < self.size else None
+        self.groups = {"forward": forward, "backward": backward}
+        self.open: set[tuple[str, Key]] = set()  # takes and gives whose backward is to come
+        self.bytes = 0  # sent
+        self.log: list[tuple[str, str, Key]] | None = None  # (way, sent or received, key)
+        self._sends: list[tuple[dist.Work, Tensor]] = []
+
+    @staticmethod
+    def join(ranks: Sequence[int], device: torch.device, timeout_s: float = 1800) -> Link:
+        """The link of a chain of global ranks; collective over them."""
+        wait = timedelta(seconds=timeout_s)
+        forward, backward = (
+            dist.new_group(list(ranks), timeout=wait, use_local_synchronization=True)
+            for _ in range(2)
+        )
+        link = Link(ranks, forward, backward)
+        # Connections are made at first use; made here, in one order, they are not made in a wave.
+        for way, source, target in (
+            ("forward", link.before, link.after),
+            ("backward", link.after, link.before),
+        ):
+            byte = torch.zeros(1, dtype=torch.uint8, device=device)
+            if source is not None:
+                dist.recv(byte, source, group=link.groups[way])
+            if target is not None:
+                dist.send(byte, target, group=link.groups[way])
+        return link
+
+    def send(self, way: str, key: Key, tensors: Sequence[Tensor]) -> None:
+        """Sends all tensors as one message; returns at once."""
+        target = self.after if way == "forward" else self.before
+        assert target is not None
+        buffer = torch.cat([t.detach().contiguous().view(-1).view(torch.uint8) for t in tensors])
+        self._record(way, "sent", key)
+        if len(buffer):
+            self.bytes += len(buffer)
+            work = dist.isend(buffer, target, group=self.groups[way])
+            assert work is not None
+            self._sends = [s for s in self._sends if not s[0].is_completed()]
+            self._sends.append((work, buffer))
+
+    def receive(self, way: str, key: Key, form: Form, device: torch.device) -> list[Tensor]:
+        """Waits for the next message, which holds tensors of this form."""
+        source = self.before if way == "forward" else self.after
+        assert source is not None
+        sizes = [shape.numel() * dtype.itemsize for shape, dtype in form]
+        buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        self._record(way, "received", key)
+        if len(buffer):
+            work = dist.irecv(buffer, source, group=self.groups[way])
+            assert work is not None
+            work.wait()
+        # Cloned: a wide number may not begin at any byte.
+        parts = (part.clone() for part in buffer.split(sizes))
+        return [part.view(dtype).view(shape) for part, (shape, dtype) in zip(parts, form)]
+
+    def drain(self) -> None:
+        """Ends a step: waits until all sends are done. Raises RuntimeError if the backward of a
+        hand-over never ran: a neighbour waits for it, or its gradient was lost."""
+        for work, _ in self._sends:
+            work.wait()
+        self._sends = []
+        if self.open:
+            waiting, self.open = sorted(self.open), set()
+            raise RuntimeError(
+                f"{len(waiting)} hand-overs without a backward, among them {waiting[0]}; each "
+                "forward with gradients has its backward before the step ends"
+            )
+
+    def _record(self, way: str, act: str, key: Key) -> None:
+        if self.log is not None:
+            self.log.append((way, act, key))
+
+
+@dataclass(frozen=True)
+class _HandOver:
+    """One take or give, as its two autograd functions need it."""
+
+    link: Link
+    act: str
+    key: Key
+    form: Form
+
+    def begin(self) -> None:
+        self.link.open.add((self.act, self.key))
+
+    def end(self) -> None:
+        self.link.open.remove((self.act, self.key))
+
+
+class _Take(torch.autograd.Function):
+    """Receives a state; in backward sends its gradient. Passes chain and tie through."""
+
+    @staticmethod
+    def forward(ctx: Any, over: _HandOver, chain: Tensor, tie: Tensor) -> tuple[Tensor, ...]:
+        ctx.over = over
+        state = over.link.receive("forward", over.key, over.form, tie.device)
+        return chain.view_as(chain), tie.view_as(tie), *state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        d_chain, d_tie, *d_state = gradients  # zeros where nothing was read: the form is fixed
+        ctx.over.end()
+        ctx.over.link.send("backward", ctx.over.key, d_state)
+        return None, d_chain, d_tie
+
+
+class _Give(torch.autograd.Function):
+    """Sends a state; in backward receives its gradient. Passes chain and tie through."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, over: _HandOver, chain: Tensor, tie: Tensor, *state: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.over = over
+        over.link.send("forward", over.key, state)
+        return chain.view_as(chain), tie.view_as(tie)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_chain: Tensor, d_tie: Tensor) -> tuple[Tensor | None, ...]:
+        over = ctx.over
+        over.end()
+        d_state = over.link.receive("backward", over.key, over.form, d_tie.device)
+        return None, d_chain, d_tie, *d_state
+
+
+class ModelSeam(nn.Module):
+    """A model's seam between context ranks; counts its forwards, one a micro-batch.
+
+    `chain` passes through every hand-over of a forward: it makes their order in backward the
+    reverse of that in forward by data, also between branches that do not depend on one another.
+    """
+
+    def __init__(self, link: Link) -> None:
+        super().__init__()
+        self.link = link
+        self.micro_batch = -1
+        self.chain: Tensor | None = None
+        self.recomputed = False  # the block at hand will be computed again for its backward
+        self.again = False  # it is: what it took is at hand, and nothing is sent
+        self.kept: dict[Key, list[Tensor]] = {}
+
+    def before(self, positions: Tensor) -> Tensor | None:
+        """positions [B, T] of this rank's share -> [B, index * T] of all shares before."""
+        self.micro_batch += 1
+        self.chain = None
+        columns = self.link.index * positions.shape[1]
+        if not columns:
+            return None
+        return (positions[:, :1].cpu() - torch.arange(columns, 0, -1)).clamp(min=-1)
+
+    def contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """In which a block is computed, and computed again for backward."""
+        return self._first(), self._second(self.micro_batch)
+
+    @contextmanager
+    def _first(self) -> Iterator[None]:
+        self.recomputed = True
+        try:
+            yield
+        finally:
+            self.recomputed = False
+
+    @contextmanager
+    def _second(self, micro_batch: int) -> Iterator[None]:
+        now = self.micro_batch
+        self.micro_batch, self.again = micro_batch, True
+        try:
+            yield
+        finally:
+            self.micro_batch, self.again = now, False
+
+    def take(self, name: str, what: str, tie: Tensor, blank: Any) -> tuple[Tensor, Any]:
+        key = (self.micro_batch, name, what)
+        if self.again:
+            kept = self.kept.pop(key)
+            return tie, _rebuilt(blank, [t.requires_grad_() for t in kept])
+        self.chain, tie, *state = _Take.apply(
+            self._over("take", key, tie, _tensors(blank)), self._chain(tie), tie
+        )
+        if self.recomputed:
+            self.kept[key] = [t.detach() for t in state]
+        return tie, _rebuilt(blank, state)
+
+    def give(self, name: str, what: str, tie: Tensor, state: Any) -> Tensor:
+        if self.again:
+            return tie
+        tensors = _tensors(state)
+        over = self._over("give", (self.micro_batch, name, what), tie, tensors)
+        self.chain, tie = _Give.apply(over, self._chain(tie), tie, *tensors)
+        return tie
+
+    def _over(self, act: str, key: Key, tie: Tensor, tensors: list[Tensor]) -> _HandOver:
+        over = _HandOver(self.link, act, key, tuple((t.shape, t.dtype) for t in tensors))
+        if torch.is_grad_enabled():
+            # Without a gradient of the tie, backward would never come by here.
+            assert tie.requires_grad, f"{act} {key}: the tie needs a gradient"
+            over.begin()
+        return over
+
+    def _chain(self, tie: Tensor) -> Tensor:
+        return tie.new_empty(0) if self.chain is None else self.chain
+
+
+class MixerSeam(nn.Module):
+    """A mixer's seam between context ranks."""
+
+    def __init__(self, model: ModelSeam, name: str) -> None:
+        super().__init__()
+        self._model = (model,)  # in a tuple: no submodule, for it serves all mixers
+        self.name = name
+        self.gives = model.link.after is not None
+
+    def take(
+        self, what: str, tie: Tensor, state: Any, blank: Callable[[], Any]
+    ) -> tuple[Tensor, Any]:
+        """The tie, and the state that the rank before gave; the first rank keeps its own."""
+        (model,) = self._model
+        if model.link.before is None:
+            return tie, state
+        return model.take(self.name, what, tie, blank())
+
+    def give(self, what: str, tie: Tensor, state: Any) -> Tensor:
+        """The tie; the rank after takes the state."""
+        (model,) = self._model
+        return model.give(self.name, what, tie, state) if self.gives else tie
+
+
+def hand_on(model: nn.Module, link: Link) -> None:
+    """Puts the link into a model's seams: from then on its forwards are over this rank's share of
+    each row. Once a model; models of one rank (virtual pipeline stages) share the link.
+
+    Every forward with gradients needs its backward, then `link.drain()` ends the step.
+    """
+    names = [name for name, _ in model.named_modules() if name.endswith(".seam")]
+    assert names and isinstance(getattr(model, "seam", None), nn.Module), "a model without seams"
+    seam = ModelSeam(link)
+    model.seam = seam
+    for name in names:
+        mixer = name.removesuffix(".seam")
+        model.get_submodule(mixer).seam = MixerSeam(seam, mixer)
+
+
+def _tensors(state: Any) -> list[Tensor]:
+    """The tensors of a state in order: itself, or those of tuples and dataclasses."""
+    if isinstance(state, Tensor):
+        return [state]
+    if state is None:
+        return []
+    return [t for part in _parts(state) for t in _tensors(part)]
+
+
+def _rebuilt(like: Any, tensors: list[Tensor]) -> Any:
+    """A state of the same form as `like`, of these tensors."""
+    left = iter(tensors)
+
+    def build(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return next(left)
+        if part is None:
+            return None
+        made = [build(p) for p in _parts(part)]
+        return tuple(made) if isinstance(part, tuple) else type(part)(*made)
+
+    return build(like)
+
+
+def _parts(state: Any) -> list[Any]:
+    if isinstance(state, tuple):
+        return list(state)
+    assert is_dataclass(state), type(state)
+    return [getattr(state, f.name) for f in fields(state)]
