@@ -34,7 +34,7 @@ def _short_halo(what: str, dim: int) -> Patch:
 
     def short(self: Any, name: str, tie: Tensor, state: Any, blank: Any) -> tuple[Tensor, Any]:
         tie, taken = take(self, name, tie, state, blank)
-        if name == what and self._model[0].link.before is not None:
+        if name == what and self._model[0].link.index:
             taken = tuple(
                 torch.cat(
                     (torch.zeros_like(t.narrow(dim, 0, 1)), t.narrow(dim, 1, t.shape[dim] - 1)), dim
@@ -52,8 +52,7 @@ def _lost_state(what: str) -> Patch:
 
     def lost(self: Any, name: str, tie: Tensor, state: Any, blank: Any) -> tuple[Tensor, Any]:
         tie, taken = take(self, name, tie, state, blank)
-        before = self._model[0].link.before
-        return tie, blank() if name == what and before is not None else taken
+        return tie, blank() if name == what and self._model[0].link.index else taken
 
     return MixerSeam, "take", lost
 
@@ -159,7 +158,7 @@ def make_mistakes() -> dict[str, Run | str]:
 
 def _drained(link: Link, step: dict[str, Any]) -> str:
     """What `drain` says on the rank that gives; the other's messages stay unread: the last test."""
-    if link.after is None:
+    if link.index:
         link.drain = lambda: None  # type: ignore[method-assign]
     try:
         context_run(link, **step)

@@ -22,7 +22,12 @@ from tests.parallel.context_runs import (
     unit,
     worst,
 )
-from tests.parallel.context_schedule import alive_after_forward, through_megatron
+from tests.parallel.context_schedule import (
+    alive_after_forward,
+    in_segments,
+    in_segments_plain,
+    through_megatron,
+)
 from tests.worlds import run_world
 from titans_pretrain.parallel.context import shard
 
@@ -36,6 +41,7 @@ TWO: dict[str, dict[str, Any]] = {
     "mag-window, recomputed": {"case": "mag-window", "recompute": True},
     "mag-window, reversed": {"case": "mag-window", "order": "FFBB reversed"},
     "mal-window, skewed": {"case": "mal-window", "order": "skewed", "recompute": True},
+    "mag-window, blocking": {"case": "mag-window", "order": "FFBB", "blocking": True},
     "transformer, recomputed": {"case": "transformer", "recompute": True, "order": "FFBB"},
     "mac in bf16": {"case": "mac", "dtype": torch.bfloat16},
     "mag-window in bf16": {"case": "mag-window", "dtype": torch.bfloat16},
@@ -43,7 +49,7 @@ TWO: dict[str, dict[str, Any]] = {
 FOUR: dict[str, dict[str, Any]] = {
     "transformer": {"case": "transformer"},
     "mag": {"case": "mag"},  # a window beyond the row
-    "mac": {"case": "mac"},
+    "mac, blocking": {"case": "mac", "blocking": True},
     "lmm, recomputed": {"case": "lmm", "order": "FFBB", "recompute": True},
     "mac-pool2, recomputed": {"case": "mac-pool2", "order": "skewed", "recompute": True},
     "mal-window": {"case": "mal-window"},
@@ -175,6 +181,16 @@ def test_what_a_rank_keeps_for_backward_falls_with_its_share(alive, case: str) -
 @pytest.fixture(scope="module")
 def alive() -> list[dict[str, tuple[int, int]]]:
     return run_world(alive_after_forward, 4, timeout=200)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_last_ranks_state_starts_the_next_segment(size: int) -> None:
+    cases = {1: ["mac"], 2: ["mac", "mag-bare", "transformer"], 4: ["lmm", "mal"]}[size]
+    runs = run_world(in_segments, size, cases, timeout=200)[0]
+    for case in cases:
+        right = in_segments_plain(case)
+        assert abs(runs[case].loss - right.loss) < 1e-12 * right.loss
+        assert worst(runs[case], right)[0] < 1e-9, case
 
 
 def test_a_share_is_a_run_of_columns() -> None:

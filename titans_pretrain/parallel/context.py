@@ -7,6 +7,9 @@ the other way. Layers run as a wave along the chain: a rank waits once for the r
 Only floats travel. Every integer comes from a rank's own positions: a document that began on an
 earlier rank has a first position above 0, and what lies j tokens back is visible iff j <= position.
 
+A sequence too long for that may come as several micro-batches, one after another: its segments.
+What the last rank carries on then goes round to the first rank, without a gradient.
+
 Gradients of a rank are those of its own labels' losses, through all ranks: they are summed over
 the chain, as over data-parallel ranks, before they are used. No reduction over the chain may run
 inside backward: a rank would wait in it before it has sent what the others wait for.
@@ -14,6 +17,7 @@ inside backward: a rank would wait in it before it has sent what the others wait
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -51,45 +55,55 @@ class Link:
     """
 
     def __init__(
-        self, ranks: Sequence[int], forward: dist.ProcessGroup, backward: dist.ProcessGroup
+        self, ranks: Sequence[int], groups: dict[str, dist.ProcessGroup], segments: int = 1
     ) -> None:
-        self.index, self.size = ranks.index(dist.get_rank()), len(ranks)
-        self.before = ranks[self.index - 1] if self.index else None
-        self.after = ranks[self.index + 1] if self.index + 1 < self.size else None
-        self.groups = {"forward": forward, "backward": backward}
+        self.index, self.size, self.segments = ranks.index(dist.get_rank()), len(ranks), segments
+        before = ranks[self.index - 1] if self.index else None
+        after = ranks[self.index + 1] if self.index + 1 < self.size else None
+        # Way -> whom this rank receives from, and whom it sends to.
+        self.peers = {
+            "forward": (before, after),
+            "backward": (after, before),
+            "round": (ranks[-1] if before is None else None, ranks[0] if after is None else None),
+        }
+        self.groups = groups
         self.open: set[tuple[str, Key]] = set()  # takes and gives whose backward is to come
         self.bytes = 0  # sent
         self.log: list[tuple[str, str, Key]] | None = None  # (way, sent or received, key)
         self._sends: list[tuple[dist.Work, Tensor]] = []
+        self._own: deque[Tensor] = deque()  # messages of a chain of one to itself
 
     @staticmethod
-    def join(ranks: Sequence[int], device: torch.device, timeout_s: float = 1800) -> Link:
-        """The link of a chain of global ranks; collective over them."""
+    def join(
+        ranks: Sequence[int], device: torch.device, timeout_s: float = 1800, segments: int = 1
+    ) -> Link:
+        """The link of a chain of global ranks; collective over them. segments: so many
+        micro-batches one after another are stretches of the same rows."""
+        ways = ("forward", "backward") if segments == 1 else ("forward", "backward", "round")
         wait = timedelta(seconds=timeout_s)
-        forward, backward = (
-            dist.new_group(list(ranks), timeout=wait, use_local_synchronization=True)
-            for _ in range(2)
-        )
-        link = Link(ranks, forward, backward)
+        groups = {
+            way: dist.new_group(list(ranks), timeout=wait, use_local_synchronization=True)
+            for way in ways
+        }
+        link = Link(ranks, groups, segments)
         # Connections are made at first use; made here, in one order, they are not made in a wave.
-        for way, source, target in (
-            ("forward", link.before, link.after),
-            ("backward", link.after, link.before),
-        ):
-            byte = torch.zeros(1, dtype=torch.uint8, device=device)
+        byte = torch.zeros(1, dtype=torch.uint8, device=device)
+        for way, group in groups.items() if link.size > 1 else ():
+            source, target = link.peers[way]
             if source is not None:
-                dist.recv(byte, source, group=link.groups[way])
+                dist.recv(byte, source, group=group)
             if target is not None:
-                dist.send(byte, target, group=link.groups[way])
+                dist.send(byte, target, group=group)
         return link
 
     def send(self, way: str, key: Key, tensors: Sequence[Tensor]) -> None:
         """Sends all tensors as one message; returns at once."""
-        target = self.after if way == "forward" else self.before
-        assert target is not None
+        _, target = self.peers[way]
         buffer = torch.cat([t.detach().contiguous().view(-1).view(torch.uint8) for t in tensors])
         self._record(way, "sent", key)
-        if len(buffer):
+        if self.size == 1:
+            self._own.append(buffer)
+        elif len(buffer):
             self.bytes += len(buffer)
             work = dist.isend(buffer, target, group=self.groups[way])
             assert work is not None
@@ -98,15 +112,17 @@ class Link:
 
     def receive(self, way: str, key: Key, form: Form, device: torch.device) -> list[Tensor]:
         """Waits for the next message, which holds tensors of this form."""
-        source = self.before if way == "forward" else self.after
-        assert source is not None
+        source, _ = self.peers[way]
         sizes = [shape.numel() * dtype.itemsize for shape, dtype in form]
-        buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
         self._record(way, "received", key)
-        if len(buffer):
-            work = dist.irecv(buffer, source, group=self.groups[way])
-            assert work is not None
-            work.wait()
+        if self.size == 1:
+            buffer = self._own.popleft()
+        else:
+            buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+            if len(buffer):
+                work = dist.irecv(buffer, source, group=self.groups[way])
+                assert work is not None
+                work.wait()
         # Cloned: a wide number may not begin at any byte.
         parts = (part.clone() for part in buffer.split(sizes))
         return [part.view(dtype).view(shape) for part, (shape, dtype) in zip(parts, form)]
@@ -200,10 +216,11 @@ class ModelSeam(nn.Module):
         self.kept: dict[Key, list[Tensor]] = {}
 
     def before(self, positions: Tensor) -> Tensor | None:
-        """positions [B, T] of this rank's share -> [B, index * T] of all shares before."""
+        """positions [B, T] of this rank's share -> of all tokens before it in these rows."""
         self.micro_batch += 1
         self.chain = None
-        columns = self.link.index * positions.shape[1]
+        shares = self.segment * self.link.size + self.link.index
+        columns = shares * positions.shape[1]
         if not columns:
             return None
         return (positions[:, :1].cpu() - torch.arange(columns, 0, -1)).clamp(min=-1)
@@ -229,28 +246,49 @@ class ModelSeam(nn.Module):
         finally:
             self.micro_batch, self.again = now, False
 
-    def take(self, name: str, what: str, tie: Tensor, blank: Any) -> tuple[Tensor, Any]:
-        key = (self.micro_batch, name, what)
+    @property
+    def segment(self) -> int:
+        """Which stretch of its rows the micro-batch at hand is."""
+        return self.micro_batch % self.link.segments
+
+    def gives_on(self, way: str) -> bool:
+        """Whether what this rank gives goes this way; it goes one way at most."""
+        if way == "round" and self.segment + 1 == self.link.segments:
+            return False
+        return self.link.peers[way][1] is not None
+
+    def take(
+        self, name: str, what: str, tie: Tensor, state: Any, blank: Callable[[], Any]
+    ) -> tuple[Tensor, Any]:
+        link, key = self.link, (self.micro_batch, name, what)
+        if not self.segment and not link.index:
+            return tie, state
+        like = blank()
         if self.again:
-            kept = self.kept.pop(key)
-            return tie, _rebuilt(blank, [t.requires_grad_() for t in kept])
-        self.chain, tie, *state = _Take.apply(
-            self._over("take", key, tie, _tensors(blank)), self._chain(tie), tie
-        )
+            return tie, _rebuilt(like, self.kept.pop(key))
+        tensors = _tensors(like)
+        if link.index:
+            over = self._over("take", key, tie, tensors)
+            self.chain, tie, *taken = _Take.apply(over, self._chain(tie), tie)
+        else:
+            taken = link.receive("round", key, _form(tensors), tie.device)
         if self.recomputed:
-            self.kept[key] = [t.detach() for t in state]
-        return tie, _rebuilt(blank, state)
+            self.kept[key] = [t.detach().requires_grad_(t.requires_grad) for t in taken]
+        return tie, _rebuilt(like, taken)
 
     def give(self, name: str, what: str, tie: Tensor, state: Any) -> Tensor:
         if self.again:
             return tie
-        tensors = _tensors(state)
-        over = self._over("give", (self.micro_batch, name, what), tie, tensors)
-        self.chain, tie = _Give.apply(over, self._chain(tie), tie, *tensors)
+        tensors, key = _tensors(state), (self.micro_batch, name, what)
+        if self.gives_on("round"):
+            self.link.send("round", key, tensors)
+        if self.gives_on("forward"):
+            over = self._over("give", key, tie, tensors)
+            self.chain, tie = _Give.apply(over, self._chain(tie), tie, *tensors)
         return tie
 
     def _over(self, act: str, key: Key, tie: Tensor, tensors: list[Tensor]) -> _HandOver:
-        over = _HandOver(self.link, act, key, tuple((t.shape, t.dtype) for t in tensors))
+        over = _HandOver(self.link, act, key, _form(tensors))
         if torch.is_grad_enabled():
             # Without a gradient of the tie, backward would never come by here.
             assert tie.requires_grad, f"{act} {key}: the tie needs a gradient"
@@ -262,27 +300,30 @@ class ModelSeam(nn.Module):
 
 
 class MixerSeam(nn.Module):
-    """A mixer's seam between context ranks."""
+    """A mixer's seam between context ranks: the model's, under the mixer's name."""
 
     def __init__(self, model: ModelSeam, name: str) -> None:
         super().__init__()
         self._model = (model,)  # in a tuple: no submodule, for it serves all mixers
         self.name = name
-        self.gives = model.link.after is not None
+
+    @property
+    def gives(self) -> bool:
+        """Whether anyone reads what is given."""
+        (model,) = self._model
+        return model.gives_on("forward") or model.gives_on("round")
 
     def take(
         self, what: str, tie: Tensor, state: Any, blank: Callable[[], Any]
     ) -> tuple[Tensor, Any]:
-        """The tie, and the state that the rank before gave; the first rank keeps its own."""
+        """The tie, and the state that the tokens before left; a row's first tokens keep `state`."""
         (model,) = self._model
-        if model.link.before is None:
-            return tie, state
-        return model.take(self.name, what, tie, blank())
+        return model.take(self.name, what, tie, state, blank)
 
     def give(self, what: str, tie: Tensor, state: Any) -> Tensor:
-        """The tie; the rank after takes the state."""
+        """The tie; whoever has the tokens after takes the state."""
         (model,) = self._model
-        return model.give(self.name, what, tie, state) if self.gives else tie
+        return model.give(self.name, what, tie, state)
 
 
 def hand_on(model: nn.Module, link: Link) -> None:
@@ -298,6 +339,10 @@ def hand_on(model: nn.Module, link: Link) -> None:
     for name in names:
         mixer = name.removesuffix(".seam")
         model.get_submodule(mixer).seam = MixerSeam(seam, mixer)
+
+
+def _form(tensors: Sequence[Tensor]) -> Form:
+    return tuple((t.shape, t.dtype) for t in tensors)
 
 
 def _tensors(state: Any) -> list[Tensor]:
