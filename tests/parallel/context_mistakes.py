@@ -14,7 +14,8 @@ from tests.parallel.context_runs import Rows, Run, context_run, join, model_conf
 from titans_pretrain.data.batch import Batch
 from titans_pretrain.memory.layer import MemoryLayer
 from titans_pretrain.memory.packing import plan_documents
-from titans_pretrain.parallel.context import Link, MixerSeam
+from titans_pretrain.parallel.context import MixerSeam
+from titans_pretrain.parallel.link import Link
 
 Patch = tuple[type, str, Callable[..., Any]]
 

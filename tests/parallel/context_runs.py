@@ -20,7 +20,8 @@ from titans_pretrain.data.batch import Batch
 from titans_pretrain.measure.step_benchmark import Collectives
 from titans_pretrain.model.loss import token_loss
 from titans_pretrain.model.titans import TitansLM
-from titans_pretrain.parallel.context import Link, hand_on, shard
+from titans_pretrain.parallel.context import hand_on, shard
+from titans_pretrain.parallel.link import Link
 
 CPU = torch.device("cpu")
 Rows = list[list[int]]  # lengths of the documents of each row

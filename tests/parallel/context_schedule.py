@@ -19,18 +19,23 @@ from tests.parallel.context_runs import (
     reduced,
     unit,
 )
+from titans_pretrain.config import ParallelConfig
 from titans_pretrain.data.batch import Batch
 from titans_pretrain.memory.live_bytes import LiveBytes
 from titans_pretrain.model.loss import token_loss
 from titans_pretrain.model.titans import TitansLM, map_state
-from titans_pretrain.parallel.context import Link, hand_on, shard
+from titans_pretrain.parallel.context import hand_on, shard
+from titans_pretrain.parallel.layout import Layout
+from titans_pretrain.parallel.link import Link
 from titans_pretrain.parallel.pipeline import Schedule, Stage
 
 
 def through_megatron() -> dict[str, tuple[float, int, dict[str, Tensor]]]:
     """Loss and labels over all ranks, and gradients averaged over them as ZeRO averages."""
     dist.init_process_group("gloo")
-    parallel_state.initialize_model_parallel(1, 1, context_parallel_size=dist.get_world_size())
+    parallel = ParallelConfig(context=dist.get_world_size())
+    layout = Layout(parallel.context, parallel, data_parallel=1, micro_batches=3)
+    parallel_state.initialize_model_parallel(1, 1, context_parallel_size=layout.context)
     link = Link.join(parallel_state.get_context_parallel_global_ranks(), CPU, timeout_s=60)
     out = {}
     for case in ("mac", "mag-window"):
@@ -38,7 +43,8 @@ def through_megatron() -> dict[str, tuple[float, int, dict[str, Tensor]]]:
         hand_on(model, link)
         whole = micro_batches(model.config)
         labels = count_labels(whole)
-        schedule = Schedule(Stage(model, token_loss, torch.float64), 1, CPU)
+        stage = Stage(model, token_loss, torch.float64, layout, model.config.width)
+        schedule = Schedule([stage], layout.data_parallel, CPU)
         shares = [shard(b, link.index, link.size) for b in whole]
         sums = schedule.run(shares, tokens_in_step=labels)
         link.drain()
