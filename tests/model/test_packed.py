@@ -73,3 +73,13 @@ def test_a_missed_reset_would_be_seen(case: str) -> None:
     apart = gradients(model, loss_of(model, tokens, positions))
     joined = gradients(model, loss_of(model, tokens, torch.arange(16)[None]))
     assert worst_gradient(apart, joined)[0] > 1e-3
+
+
+@pytest.mark.parametrize("case", ["transformer", "lmm", "mac", "mac-learned", "mag", "mal-bare"])
+def test_pads_alone_give_every_parameter_a_gradient_of_zeros(case: str) -> None:
+    """Ranks add their gradients up: none may be missing where a rank happens to have pads alone."""
+    model = hot_model(config_of(case))
+    positions = torch.full((2, 8), -1)
+    logits, _ = model(tokens_like(positions), positions, carry=False)
+    torch.where(positions[..., None] >= 0, logits, 0).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())

@@ -229,6 +229,11 @@ class MemoryLayer(nn.Module):
         """The state before a document's first token, for each of `rows` rows."""
         return initial_state(self.first_weights(), rows, self.spec)
 
+    def tail(self, rows: int) -> Tensor:
+        """What a convolution carries on before a row's first token, zeros [rows, 3, H*d]."""
+        weight = self.q.weight
+        return weight.new_zeros((rows, TAIL, len(weight)), dtype=wide(weight.dtype))
+
     def retrieve(self, q: Tensor, weights: tuple[Tensor, ...] | None) -> Tensor:
         """M(q; W) [N, H, T, d] with frozen weights: those of a state, or the first (None)."""
         absolute = first = self.first_weights()

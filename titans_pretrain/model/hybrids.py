@@ -35,6 +35,7 @@ from titans_pretrain.model.mixers import (
     remember,
 )
 from titans_pretrain.model.packing import AttentionPlan
+from titans_pretrain.model.seams import Seam
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class _Hybrid(nn.Module):
             config.width, config.head_width, config.kv_width, output=output, **where
         )
         self.memory = memory_layer(config, output_gate=output_gate, **where)
+        self.seam = Seam()
         self.persistent = None
         if config.persistent_tokens:
             shape = (config.persistent_tokens, config.width)
@@ -89,12 +91,16 @@ class _Hybrid(nn.Module):
 
     @staticmethod
     def plan(
-        config: ModelConfig, positions: Tensor, state: ModelState | None, like: Tensor
+        config: ModelConfig,
+        positions: Tensor,
+        state: ModelState | None,
+        like: Tensor,
+        before: Tensor | None = None,
     ) -> HybridPlan:
-        before: HybridState | None = first_block(state)
-        past = None if before is None else before.attention
+        kept: HybridState | None = first_block(state)
+        past = None if kept is None else kept.attention
         return HybridPlan(
-            plan_attention(config, positions, past, like, prefix=config.persistent_tokens),
+            plan_attention(config, positions, past, like, before, config.persistent_tokens),
             plan_memory(config, positions, like),
         )
 
@@ -120,8 +126,8 @@ class MagMixer(_Hybrid):
     ) -> tuple[Tensor, HybridState | None]:
         prefix, _, start = self.begin()
         past = None if state is None else state.attention
-        a, window = attend(self.attention, x, plan.attention, past, carry, prefix)
-        y, memory = remember(self.memory, x, plan.memory, state, start)
+        a, window = attend(self.attention, x, plan.attention, past, carry, self.seam, prefix)
+        y, memory = remember(self.memory, x, plan.memory, state, self.seam, start)
         a = self.attention_norm(self.attention.heads(a).transpose(1, 2).to(wide(x.dtype)))
         both = a.flatten(-2) * F.silu(self.memory.normed(y))
         return self.memory.out(both.to(x.dtype)), HybridState.of(memory, window)
@@ -145,8 +151,8 @@ class MalMixer(_Hybrid):
     ) -> tuple[Tensor, HybridState | None]:
         rows, read, start = self.begin()
         prefix = None if rows is None or read is None else gated(self.memory, read, rows)
-        y, memory = remember(self.memory, x, plan.memory, state, start)
+        y, memory = remember(self.memory, x, plan.memory, state, self.seam, start)
         y = gated(self.memory, y, x)
         past = None if state is None else state.attention
-        a, window = attend(self.attention, y, plan.attention, past, carry, prefix)
+        a, window = attend(self.attention, y, plan.attention, past, carry, self.seam, prefix)
         return self.attention.project(a), HybridState.of(memory, window)

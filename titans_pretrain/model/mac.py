@@ -7,7 +7,7 @@ H heads (for keys and values of attention K, which divide them), d head width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_pretrain.config import ModelConfig
-from titans_pretrain.memory.layer import TAIL, MemoryLayer
+from titans_pretrain.memory.layer import MemoryLayer
 from titans_pretrain.memory.state import MemoryState, concatenate
 from titans_pretrain.model.blocks import Attention, rotate
 from titans_pretrain.model.packing import SegmentPlan, SegmentStep, move, segment_plan
+from titans_pretrain.model.seams import Seam
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class MacMixer(nn.Module):
         D, d = config.width, config.head_width
         self.attention = Attention(D, d, config.kv_width, device=device, dtype=dtype)
         self.memory = memory
-        self.pool = POOL[config.memory.retrieved]
+        self.segment, self.pool = config.segment, POOL[config.memory.retrieved]
         self.persistent = self.asked = None
         if config.persistent_tokens:
             shape: tuple[int, ...] = (config.persistent_tokens, D)
@@ -70,30 +71,33 @@ class MacMixer(nn.Module):
         # Where features of all heads meet those of one's own, for whoever shards the heads:
         self.gather_heads = nn.Identity()  # h before the attention's projections
         self.scatter_heads = nn.Identity()  # Y before the product with what its heads read
+        self.seam = Seam()
 
     def forward(
         self, x: Tensor, plan: SegmentPlan, state: MacState | None, carry: bool
     ) -> tuple[Tensor, MacState | None]:
         """x [B, T, D] -> [B, T, D], and what the rows carry on."""
-        if not plan.steps:  # pads alone
-            return torch.zeros_like(x), state if state or not carry else self._blank(x)
-        a, m = self.attention, self.memory
+        a, m, seam = self.attention, self.memory, self.seam
         # What depends on X alone is formed for all tokens at once, then put into slots.
         q, k, v = a.heads(a.q(x)), a.heads(a.k(x)), a.heads(a.v(x))
         q, k = rotate(q, plan.rotation), rotate(k, plan.rotation)
-        context = _slots(torch.cat((q, k, v), dim=1)[None], plan)
+        joined = torch.cat((q, k, v), dim=1)
         widths = (q.shape[1], k.shape[1], v.shape[1])
         queries: list[Tensor | None] = [None] * len(plan.steps)
         asked_tail = None
         if self.pool is not None:
             before = None if state is None else state.asked_tail
-            asked, asked_tail = m.queries(x, plan.rows, before)
+            tied, before = seam.take("asked", x, before, lambda: m.tail(len(x)))
+            asked, asked_tail = m.queries(tied, plan.rows, before)
+            asked = seam.give("asked", asked, asked_tail)
             queries = [part[0] for part in _slots(asked[None], plan)]
         persistent = None
         if self.persistent is not None:
             p = self.persistent[None]
             persistent = torch.stack((a.heads(a.k(p)), a.heads(a.v(p))))  # [2, 1, K, P, d]
 
+        joined, state = seam.take("segment", joined, state, lambda: self._room(self._blank(x)))
+        context = _slots(joined[None], plan)
         open_ = None if state is None else _OpenSegment(state, plan)
         memory = None if open_ is None else open_.memory
         tails: tuple[Tensor | None, ...] = (None,) * 3 if open_ is None else open_.tails
@@ -123,7 +127,7 @@ class MacMixer(nn.Module):
             outputs.append((self.scatter_heads(y) * gate).flatten(0, 1))
 
             tails = (q_tail, k_tail, v_tail)
-            if carry and len(step.closing):
+            if (carry or seam.gives) and len(step.closing):
                 if frozen is None:
                     frozen = m.start(n).weights
                 closed.append(_close(step, memory, tails, frozen, segment, retrieved, query))
@@ -132,10 +136,12 @@ class MacMixer(nn.Module):
                 if plan.steps[s + 1].documents < n:
                     n = plan.steps[s + 1].documents
                     memory, tails = memory.rows(n), tuple(t[:n] for t in tails)
-        out = m.out(move(torch.cat(outputs), plan.tokens, plan.slots).view(*x.shape[:2], -1))
-        if not carry:
-            return out, None
-        return out, _by_row(closed, asked_tail, plan, state or self._blank(x))
+        after, output = None, torch.cat(outputs)
+        if carry or seam.gives:
+            after = _by_row(closed, asked_tail, plan, state or self._blank(x))
+            output = seam.give("segment", output, self._room(after))
+        out = m.out(move(output, plan.tokens, plan.slots).view(*x.shape[:2], -1))
+        return out, after if carry else None
 
     def _retrieved(
         self,
@@ -160,9 +166,8 @@ class MacMixer(nn.Module):
 
     def _blank(self, x: Tensor) -> MacState:
         """The state of rows that have seen no token."""
-        memory = self.memory.start(x.shape[0])
+        memory, tail = self.memory.start(x.shape[0]), self.memory.tail(x.shape[0])
         H, d = memory.weights[0].shape[1], self.attention.head_width
-        tail = memory.weights[0].new_zeros(x.shape[0], TAIL, H * d)
         slots = x.new_zeros(x.shape[0], self.attention.k.weight.shape[0] // d, 0, d)
         return MacState(
             memory=memory,
@@ -174,9 +179,28 @@ class MacMixer(nn.Module):
             query=tail.new_zeros(x.shape[0], H, 1, d),
         )
 
+    def _room(self, state: MacState) -> MacState:
+        """The state with room for a whole segment, whatever the documents; without the tail that
+        passes by itself, and without memory tokens that are all formed anew."""
+
+        def slots(parts: tuple[Tensor, ...], n: int) -> tuple[Tensor, ...]:
+            return tuple(F.pad(t, (0, 0, 0, n - t.shape[2])) for t in parts)
+
+        return replace(
+            state,
+            memory=MemoryState(state.memory.weights, state.memory.momentum),
+            asked_tail=None,
+            segment=slots(state.segment, self.segment),
+            retrieved=slots(state.retrieved, self.segment // self.pool if self.pool else 0),
+        )
+
     @staticmethod
     def plan(
-        config: ModelConfig, positions: Tensor, state: Mapping[str, Any] | None, like: Tensor
+        config: ModelConfig,
+        positions: Tensor,
+        state: Mapping[str, Any] | None,
+        like: Tensor,
+        before: Tensor | None = None,
     ) -> SegmentPlan:
         return segment_plan(
             positions,
@@ -185,7 +209,7 @@ class MacMixer(nn.Module):
             persistent=config.persistent_tokens,
             pool=POOL[config.memory.retrieved],
             learned=config.memory.learned_queries,
-            carried=bool(state),
+            carried=bool(state) or before is not None,
             head_width=config.head_width,
             rope_base=config.rope_base,
             dtype=like.dtype,
@@ -302,6 +326,7 @@ def _by_row(
             return rows
         return torch.where(plan.empty.view(-1, *[1] * (rows.dim() - 1)), before, rows)
 
+    assert closed  # of pads alone one passes for a document
     memory = concatenate([c.memory for c in closed])
     anchor = None
     if memory.anchor is not None or (plan.empty is not None and old.memory.anchor is not None):

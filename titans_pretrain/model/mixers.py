@@ -21,6 +21,7 @@ from titans_pretrain.memory.rules import MemorySpec
 from titans_pretrain.memory.state import MemoryState
 from titans_pretrain.model.blocks import Attention, rotate
 from titans_pretrain.model.packing import AttentionPlan, attention_plan
+from titans_pretrain.model.seams import Seam
 
 ModelState = Mapping[str, Any]  # block name -> what its mixer carries on
 
@@ -48,18 +49,23 @@ class TransformerMixer(nn.Module):
         self.attention = Attention(
             config.width, config.head_width, config.kv_width, device=device, dtype=dtype
         )
+        self.seam = Seam()
 
     def forward(
         self, x: Tensor, plan: AttentionPlan, state: AttentionState | None, carry: bool
     ) -> tuple[Tensor, AttentionState | None]:
-        y, after = attend(self.attention, x, plan, state, carry)
+        y, after = attend(self.attention, x, plan, state, carry, self.seam)
         return self.attention.project(y), after
 
     @staticmethod
     def plan(
-        config: ModelConfig, positions: Tensor, state: ModelState | None, like: Tensor
+        config: ModelConfig,
+        positions: Tensor,
+        state: ModelState | None,
+        like: Tensor,
+        before: Tensor | None = None,
     ) -> AttentionPlan:
-        return plan_attention(config, positions, first_block(state), like)
+        return plan_attention(config, positions, first_block(state), like, before)
 
 
 def attend(
@@ -68,6 +74,7 @@ def attend(
     plan: AttentionPlan,
     state: AttentionState | None,
     carry: bool,
+    seam: Seam,
     prefix: Tensor | None = None,
 ) -> tuple[Tensor, AttentionState | None]:
     """What x [B, T, D] reads [B, T, H*d], not yet projected, and what the rows carry on.
@@ -77,9 +84,12 @@ def attend(
     q = rotate(a.heads(a.q(x)), plan.rotation)
     k = rotate(a.heads(a.k(x)), plan.rotation)
     v = a.heads(a.v(x))
-    if state is not None:
-        k = torch.cat((state.k, k), dim=2)
-        v = torch.cat((state.v, v), dim=2)
+    past = None if state is None else (state.k, state.v)
+    k, past = seam.take("keys", k, past, lambda: _blank_keys(k, plan.before))
+    if past is not None:
+        k = torch.cat((past[0], k), dim=2)
+        v = torch.cat((past[1], v), dim=2)
+    k = seam.give("keys", k, (k[:, :, plan.reach :], v[:, :, plan.reach :]))
     after = None
     if carry:
         after = AttentionState(k[:, :, plan.keep :], v[:, :, plan.keep :], plan.positions)
@@ -89,18 +99,30 @@ def attend(
     return a.read(q, k, v, plan.mask, causal=plan.mask is None), after
 
 
+def _blank_keys(like: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Room for keys and values of so many tokens, each [B, K, rows, d]."""
+    shape = (*like.shape[:2], rows, like.shape[3])
+    return like.new_empty(shape), like.new_empty(shape)
+
+
 def plan_attention(
     config: ModelConfig,
     positions: Tensor,
     state: AttentionState | None,
     like: Tensor,
+    before: Tensor | None,
     prefix: int = 0,
 ) -> AttentionPlan:
-    """What `attend` needs to know of the documents."""
+    """What `attend` needs to know of the documents. before [B, P]: positions of tokens whose keys
+    are handed over; of them the window's are."""
+    window = config.attention_window
+    past = None if state is None else state.positions
+    if before is not None:
+        past = before if window is None else before[:, max(0, before.shape[1] - (window - 1)) :]
     return attention_plan(
         positions,
-        None if state is None else state.positions,
-        window=config.attention_window,
+        past,
+        window=window,
         prefix=prefix,
         head_width=config.head_width,
         rope_base=config.rope_base,
@@ -158,16 +180,21 @@ class LmmMixer(nn.Module):
     ) -> None:
         super().__init__()
         self.memory = memory_layer(config, output_gate=True, device=device, dtype=dtype)
+        self.seam = Seam()
 
     def forward(
         self, x: Tensor, plan: LmmPlan, state: LmmState | None, carry: bool
     ) -> tuple[Tensor, LmmState | None]:
-        y, after = remember(self.memory, x, plan, state)
+        y, after = remember(self.memory, x, plan, state, self.seam)
         return gated(self.memory, y, x), after if carry else None
 
     @staticmethod
     def plan(
-        config: ModelConfig, positions: Tensor, state: ModelState | None, like: Tensor
+        config: ModelConfig,
+        positions: Tensor,
+        state: ModelState | None,
+        like: Tensor,
+        before: Tensor | None = None,
     ) -> LmmPlan:
         return plan_memory(config, positions, like)
 
@@ -177,19 +204,30 @@ def remember(
     x: Tensor,
     plan: LmmPlan,
     state: LmmState | None,
+    seam: Seam,
     start: MemoryState | None = None,
 ) -> tuple[Tensor, LmmState]:
     """Writes x [B, T, D], reads it [B, H, T, d] token by token; what the rows carry on.
 
     start: what documents start from; default the memory's first weights.
     """
-    tails = (None, None, None) if state is None else state.tails
-    q, q_tail = m.queries(x, plan.rows, tails[0])
-    k, k_tail = m.keys(x, plan.rows, tails[1])
-    v, v_tail = m.values(x, plan.rows, tails[2])
+    rows = len(x)
+    tails = None if state is None else state.tails
+    tied, tails = seam.take("tails", x, tails, lambda: (m.tail(rows),) * 3)
+    q_before, k_before, v_before = (None, None, None) if tails is None else tails
+    q, q_tail = m.queries(tied, plan.rows, q_before)
+    k, k_tail = m.keys(x, plan.rows, k_before)
+    v, v_tail = m.values(x, plan.rows, v_before)
+    tails = (q_tail, k_tail, v_tail)
+    q = seam.give("tails", q, tails)
+
+    rates = m.rates(x)
     before = None if state is None else state.memory
-    y, after = m.write(q, k, v, m.rates(x), plan.memory, before, start)
-    return y, LmmState(after, (q_tail, k_tail, v_tail))
+    q, before = seam.take("memory", q, before, lambda: m.start(rows))
+    y, after = m.write(q, k, v, rates, plan.memory, before, start)
+    # Where a document goes on elsewhere, it stands on a chunk boundary: there is no anchor.
+    y = seam.give("memory", y, MemoryState(after.weights, after.momentum))
+    return y, LmmState(after, tails)
 
 
 def gated(m: MemoryLayer, y: Tensor, x: Tensor) -> Tensor:

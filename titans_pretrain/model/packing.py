@@ -26,6 +26,8 @@ class AttentionPlan:
     mask: Tensor | None  # [B or 1, 1, T, P + S]; None: plain causal attention says the same
     positions: Tensor  # [B, S - keep] on the CPU: of the keys to carry on
     keep: int  # the first key to carry on
+    before: int  # keys before the rows' first token: S - T
+    reach: int  # the first key that a token after the rows could see, whatever the documents
 
 
 def attention_plan(
@@ -72,6 +74,8 @@ def attention_plan(
         mask=mask,
         positions=everything[:, keep:].cpu(),
         keep=keep,
+        before=S - T,
+        reach=0 if window is None else max(0, S - (window - 1)),
     )
 
 
@@ -147,6 +151,10 @@ def segment_plan(
     """
     positions = positions.cpu()
     B, T = positions.shape
+    rows, empty = positions, ~(positions >= 0).any(1)
+    if empty.all():  # one pad passes for a document: every parameter has a gradient, of zeros
+        positions = positions.clone()
+        positions[0, 0] = 0
     real = positions >= 0
     first = real & (real.cumsum(1) == 1)
     row, column = (first | (positions == 0)).nonzero(as_tuple=True)
@@ -212,10 +220,9 @@ def segment_plan(
         last_query = torch.zeros(1, learned, dtype=torch.long)
     else:
         last_query = torch.arange(pool - 1, segment, pool)[None]
-    empty = ~real.any(1)
     in_segment = positions.clamp(min=0) % segment
     return SegmentPlan(
-        rows=ConvPlan.of(positions, device),
+        rows=ConvPlan.of(rows, device),
         rotation=rotation(in_segment.to(device), head_width, rope_base, dtype),
         retrieved_rotation=rotation(last_query.to(device), head_width, rope_base, dtype),
         slots=all_slots.to(device),

@@ -21,6 +21,7 @@ from titans_pretrain.config import ModelConfig
 from titans_pretrain.errors import ConfigError
 from titans_pretrain.memory.layer import MemoryLayer
 from titans_pretrain.model.blocks import RMSNorm, SwiGLU
+from titans_pretrain.model.seams import ModelSeam
 from titans_pretrain.model.variants import VARIANTS, ModelState
 
 
@@ -71,6 +72,7 @@ class TitansLM(nn.Module):
         D, V = config.width, config.vocab_size
         self.config = config
         self.recompute = False
+        self.seam = ModelSeam()
         self.embedding: nn.Module | None = nn.Embedding(V, D, device=device, dtype=dtype)
         self.blocks = nn.ModuleDict(
             {str(i): Block(config, device=device, dtype=dtype) for i in range(config.blocks)}
@@ -99,16 +101,24 @@ class TitansLM(nn.Module):
         Returns logits [B, T, V] and the state.
         """
         x = tokens if self.embedding is None else self.embedding(tokens)
-        plan = VARIANTS[self.config.variant].plan(self.config, positions, state, x)
+        before = self.seam.before(positions)
+        plan = VARIANTS[self.config.variant].plan(self.config, positions, state, x, before)
         after: dict[str, Any] = {}
         for name, block in self.blocks.items():
-            before = None if state is None else state[name]
+            kept = None if state is None else state[name]
             if self.recompute and torch.is_grad_enabled():
                 x, after[name] = checkpoint(
-                    block, x, plan, before, carry, use_reentrant=False, preserve_rng_state=False
+                    block,
+                    x,
+                    plan,
+                    kept,
+                    carry,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    context_fn=self.seam.contexts,
                 )
             else:
-                x, after[name] = block(x, plan, before, carry)
+                x, after[name] = block(x, plan, kept, carry)
         if self.final_norm is not None:
             x = self.final_norm(x)
         if self.head is not None:

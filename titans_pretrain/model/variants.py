@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from titans_pretrain.config import ModelConfig
 from titans_pretrain.model.hybrids import MagMixer, MalMixer
@@ -27,8 +27,9 @@ def mac_mixer(config: ModelConfig, **where: Any) -> MacMixer:
 @dataclass(frozen=True)
 class Variant:
     mixer: Callable[..., nn.Module]  # (config, device=, dtype=)
-    # (config, positions, state, a tensor of the device and dtype that blocks work in)
-    plan: Callable[[ModelConfig, Tensor, ModelState | None, Tensor], Any]
+    # (config, positions, state, a tensor of the device and dtype that blocks work in, and of tokens
+    # before whose state is handed over the positions, or None)
+    plan: Callable[..., Any]
 
 
 VARIANTS: dict[str, Variant] = {

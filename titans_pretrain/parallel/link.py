@@ -1,0 +1,113 @@
+"""Links: messages of tensors along a chain of ranks, each to its neighbour."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Key = tuple[int, str, str]  # micro-batch, mixer, what
+Form = tuple[tuple[torch.Size, torch.dtype], ...]  # of the tensors of a message
+
+
+class Link:
+    """This rank's ends of the chain: it sends to its neighbours and receives from them.
+
+    Messages have no tags: both ends work through the same hand-overs in the same order. Each way
+    has a process group of its own, so that a send in one never queues behind one in the other.
+    """
+
+    def __init__(
+        self, ranks: Sequence[int], groups: dict[str, dist.ProcessGroup], segments: int = 1
+    ) -> None:
+        self.index, self.size, self.segments = ranks.index(dist.get_rank()), len(ranks), segments
+        before = ranks[self.index - 1] if self.index else None
+        after = ranks[self.index + 1] if self.index + 1 < self.size else None
+        # Way -> whom this rank receives from, and whom it sends to.
+        self.peers = {
+            "forward": (before, after),
+            "backward": (after, before),
+            "round": (ranks[-1] if before is None else None, ranks[0] if after is None else None),
+        }
+        self.groups = groups
+        self.steps = 0  # drained
+        self.open: set[tuple[str, Key]] = set()  # takes and gives whose backward is to come
+        self.bytes = 0  # sent
+        self.log: list[tuple[str, str, Key]] | None = None  # (way, sent or received, key)
+        self._sends: list[tuple[dist.Work, Tensor]] = []
+        self._own: deque[Tensor] = deque()  # messages of a chain of one to itself
+
+    @staticmethod
+    def join(
+        ranks: Sequence[int], device: torch.device, timeout_s: float = 1800, segments: int = 1
+    ) -> Link:
+        """The link of a chain of global ranks; collective over them. segments: so many
+        micro-batches one after another are stretches of the same rows."""
+        ways = ("forward", "backward") if segments == 1 else ("forward", "backward", "round")
+        wait = timedelta(seconds=timeout_s)
+        groups = {
+            way: dist.new_group(list(ranks), timeout=wait, use_local_synchronization=True)
+            for way in ways
+        }
+        link = Link(ranks, groups, segments)
+        # Connections are made at first use; made here, in one order, they are not made in a wave.
+        byte = torch.zeros(1, dtype=torch.uint8, device=device)
+        for way, group in groups.items() if link.size > 1 else ():
+            source, target = link.peers[way]
+            if source is not None:
+                dist.recv(byte, source, group=group)
+            if target is not None:
+                dist.send(byte, target, group=group)
+        return link
+
+    def send(self, way: str, key: Key, tensors: Sequence[Tensor]) -> None:
+        """Sends all tensors as one message; returns at once."""
+        _, target = self.peers[way]
+        buffer = torch.cat([t.detach().contiguous().view(-1).view(torch.uint8) for t in tensors])
+        self._record(way, "sent", key)
+        if self.size == 1:
+            self._own.append(buffer)
+        elif len(buffer):
+            self.bytes += len(buffer)
+            work = dist.isend(buffer, target, group=self.groups[way])
+            assert work is not None
+            self._sends = [s for s in self._sends if not s[0].is_completed()]
+            self._sends.append((work, buffer))
+
+    def receive(self, way: str, key: Key, form: Form, device: torch.device) -> list[Tensor]:
+        """Waits for the next message, which holds tensors of this form."""
+        source, _ = self.peers[way]
+        sizes = [shape.numel() * dtype.itemsize for shape, dtype in form]
+        self._record(way, "received", key)
+        if self.size == 1:
+            buffer = self._own.popleft()
+        else:
+            buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+            if len(buffer):
+                work = dist.irecv(buffer, source, group=self.groups[way])
+                assert work is not None
+                work.wait()
+        # Cloned: a wide number may not begin at any byte.
+        parts = (part.clone() for part in buffer.split(sizes))
+        return [part.view(dtype).view(shape) for part, (shape, dtype) in zip(parts, form)]
+
+    def drain(self) -> None:
+        """Ends a step: waits until all sends are done. Raises RuntimeError if the backward of a
+        hand-over never ran: a neighbour waits for it, or its gradient was lost."""
+        for work, _ in self._sends:
+            work.wait()
+        self._sends, self.steps = [], self.steps + 1
+        if self.open:
+            waiting, self.open = sorted(self.open), set()
+            raise RuntimeError(
+                f"{len(waiting)} hand-overs without a backward, among them {waiting[0]}; each "
+                "forward with gradients has its backward before the step ends"
+            )
+
+    def _record(self, way: str, act: str, key: Key) -> None:
+        if self.log is not None:
+            self.log.append((way, act, key))
