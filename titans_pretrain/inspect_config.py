@@ -8,7 +8,7 @@ from pathlib import Path
 from titans_pretrain.config import ModelConfig, RunConfig, dump_config, load_config
 from titans_pretrain.errors import ConfigError
 from titans_pretrain.model.counts import flops_per_token, parameter_count
-from titans_pretrain.parallel.layout import plan_layout, require_built
+from titans_pretrain.parallel.layout import plan_layout
 
 GPUS = (1, 8, 64, 512)
 
@@ -55,19 +55,14 @@ def _tokens(config: RunConfig) -> Iterator[str]:
 
 
 def _layouts(config: RunConfig) -> Iterator[str]:
-    yield f"  {'GPUs':>4}  {'data-parallel':>13} x tensor  micro-batches of {_rows(config)}"
+    yield f"  {'GPUs':>4}  micro-batches of {_rows(config)}, layout"
     for gpus in GPUS:
         try:
             layout = plan_layout(config, gpus)
         except ConfigError as e:
             yield f"  {gpus:>4}  no: {e.value}; {e.remedy}"
             continue
-        degrees = f"{layout.data_parallel:>13} x {layout.tensor:<6}"
-        yield f"  {gpus:>4}  {degrees}  {layout.micro_batches}"
-    try:
-        require_built(config)
-    except ConfigError as e:
-        yield f"  not yet: {e.value}; {e.rule}; {e.remedy}"
+        yield f"  {gpus:>4}  {layout.micro_batches:>13}          {layout.describe()}"
 
 
 def _rows(config: RunConfig) -> str:

@@ -15,10 +15,12 @@ from titans_pretrain.data.batch import Batch, uncounted
 from titans_pretrain.errors import DivergedError
 from titans_pretrain.model.loss import token_loss, z_penalty
 from titans_pretrain.model.titans import TitansLM, initialise, kind
+from titans_pretrain.parallel.context import hand_on, shard
 from titans_pretrain.parallel.layout import Layout
-from titans_pretrain.parallel.pipeline import Schedule, Stage, sum_tied
+from titans_pretrain.parallel.link import Link
+from titans_pretrain.parallel.pipeline import Schedule, Stage, StepLoss, sum_tied
 from titans_pretrain.parallel.tensor import vocabulary_loss, vocabulary_penalty
-from titans_pretrain.parallel.world import World
+from titans_pretrain.parallel.world import World, context_ranks
 from titans_pretrain.parallel.zero import ZeroOptimizer
 from titans_pretrain.phases import phase
 from titans_pretrain.pieces import build_pieces
@@ -90,7 +92,12 @@ class TrainStep:
         self.stages = [
             Stage(p.model, loss, *where, z, first=p.first, last=p.last) for p in self.pieces
         ]
-        self.schedule = Schedule(self.stages, layout.data_parallel, world.device)
+        self.schedule = Schedule(self.stages, layout, world.device)
+        self.link: Link | None = None
+        if layout.context > 1:
+            self.link = Link.join(context_ranks(), world.device)
+            for piece in self.pieces:
+                hand_on(piece.model, self.link)
         o = config.optim
         self.groups = param_groups(self.model.named_parameters(), kind, o)
         self.scales = [g["lr_scale"] for g in self.groups]
@@ -127,6 +134,7 @@ class TrainStep:
         a gradient is not finite.
         """
         began = time.perf_counter()
+        micro_batches = self._shares(micro_batches)
         sources = len(self.config.data.sources)
         counts = [0.0] * sources
         for batch in micro_batches:
@@ -136,7 +144,7 @@ class TrainStep:
         with phase("count"):
             counts = self.world.sum(counts)
         tokens = int(sum(counts))
-        sums = self.schedule.run(micro_batches, tokens_in_step=tokens)
+        sums = self._run(micro_batches, tokens)
         if self.tied:
             sum_tied(self.optimizer.local_gradients())
         if self.world.device.type == "cuda":
@@ -178,7 +186,7 @@ class TrainStep:
             while group := list(itertools.islice(rest, self.layout.pipeline)):
                 # A whole round of the stages, filled up with rows that count nothing.
                 group += [uncounted(group[-1])] * (self.layout.pipeline - len(group))
-                sums = self.schedule.run(group, tokens_in_step=1, train=False)
+                sums = self._run(self._shares(group), 1, train=False)
                 nats, labels = nats + sums.loss, labels + sums.tokens
             return [nats * self.counts_loss, labels * self.counts_loss]
 
@@ -186,6 +194,18 @@ class TrainStep:
         nats, labels = self.world.sum(self.world.agree(mine))
         self.model.train()
         return nats / max(1.0, labels), int(labels)
+
+    def _shares(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """This context rank's columns of the rows."""
+        if self.link is None:
+            return batches
+        return [shard(batch, self.link.index, self.link.size) for batch in batches]
+
+    def _run(self, batches: Sequence[Batch], tokens: int, *, train: bool = True) -> StepLoss:
+        sums = self.schedule.run(batches, tokens_in_step=tokens, train=train)
+        if self.link is not None:
+            self.link.drain()
+        return sums
 
     def _gradients_finite(self) -> bool:
         """One pass over this rank's gradients, before they are mixed with other ranks'."""

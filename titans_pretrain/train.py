@@ -25,7 +25,7 @@ from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED, NodeError
 from titans_pretrain.feed import fetch, open_stream, with_vocabulary
 from titans_pretrain.measure.failing import Failing
 from titans_pretrain.measure.profile import Profile, check_profile
-from titans_pretrain.parallel.layout import plan_layout, require_built
+from titans_pretrain.parallel.layout import plan_layout
 from titans_pretrain.parallel.world import World, start_world, world_size
 from titans_pretrain.phases import phase
 from titans_pretrain.run import checkpoint
@@ -52,7 +52,6 @@ def run_training(
     Raises:
         TitansError: the same kind on every rank.
     """
-    require_built(config)
     layout = plan_layout(config, world_size())
     with stop_request() as stop, contextlib.ExitStack() as leaving, Failing(config) as failing:
         world = failing.joined(start_world(config.train, layout))
@@ -242,7 +241,7 @@ def validate(
             manifest,
             config.data,
             micro_batch=config.train.micro_batch,
-            align=config.model.alignment,
+            align=config.alignment,
             rows=config.validation.rows,
             dp_rank=world.place.data,
             dp_size=world.layout.data_parallel,

@@ -34,7 +34,7 @@ from titans_pretrain.launch.local import launch
 from titans_pretrain.measure.made import made_batches
 from titans_pretrain.model.loss import token_loss, z_penalty
 from titans_pretrain.model.titans import TitansLM, initialise, kind
-from titans_pretrain.parallel.layout import Fragment, Layout, plan_layout, require_built
+from titans_pretrain.parallel.layout import Fragment, Layout, plan_layout
 from titans_pretrain.parallel.world import World, start_world, world_size
 from titans_pretrain.run import dcp
 from titans_pretrain.run.optim import learning_rate, param_groups
@@ -152,7 +152,6 @@ def run(args: argparse.Namespace) -> int:
     config = checked(config, args.steps)
     if args.shrink:
         config = shrunk(config, ranks)
-    require_built(config)
     layout = plan_layout(config, ranks)
     if "RANK" not in os.environ and ranks > 1:
         command = [sys.executable, "-m", "titans_pretrain", *sys.argv[1:]]
@@ -244,7 +243,7 @@ def rows_of(config: RunConfig, world: World, made: bool) -> tuple[RunConfig, Row
             config.data,
             global_batch=config.train.global_batch,
             micro_batch=config.train.micro_batch,
-            align=config.model.alignment,
+            align=config.alignment,
             vocab_size=config.model.vocab_size,
             rows=config.train.rows,
         )

@@ -44,7 +44,7 @@ def through_megatron() -> dict[str, tuple[float, int, dict[str, Tensor]]]:
         whole = micro_batches(model.config)
         labels = count_labels(whole)
         stage = Stage(model, token_loss, torch.float64, layout, model.config.width)
-        schedule = Schedule([stage], layout.data_parallel, CPU)
+        schedule = Schedule([stage], layout, CPU)
         shares = [shard(b, link.index, link.size) for b in whole]
         sums = schedule.run(shares, tokens_in_step=labels)
         link.drain()

@@ -14,14 +14,17 @@ from typing import Any
 import torch
 
 from tests.model.helpers import hot_model
-from tests.parallel.tiny import batch_of, micro_batches, tiny_config
+from tests.parallel.tiny import micro_batches, tiny_config
 from tests.worlds import run_world
 from titans_pretrain.config import RunConfig
+from titans_pretrain.data.batch import concatenate
 from titans_pretrain.model.loss import token_loss, z_penalty
+from titans_pretrain.parallel.context import hand_on, shard
 from titans_pretrain.parallel.layout import Shard, plan_layout
+from titans_pretrain.parallel.link import Link
 from titans_pretrain.parallel.pipeline import Schedule, Stage, sum_tied
 from titans_pretrain.parallel.tensor import fill, vocabulary_loss, vocabulary_penalty
-from titans_pretrain.parallel.world import start_world
+from titans_pretrain.parallel.world import context_ranks, start_world, world_size
 from titans_pretrain.pieces import build_pieces
 
 TOLERANCE = 1e-9  # of a tensor's largest entry
@@ -43,6 +46,8 @@ def parity_config(variant: str, parallel: dict[str, Any], **changes: Any) -> Run
         "model__persistent_tokens": 3,
         "train__z_loss": Z,
         "train__micro_batch": 1,
+        "data__align": 16,  # a MAC's segment, which context ranks do not cut
+        "data__sequence_length": 32 * parallel.get("context", 1),
         "parallel": parallel,
     }
     if variant in ("transformer", "mag", "mal"):
@@ -57,8 +62,8 @@ def values_of(config: RunConfig) -> dict[str, torch.Tensor]:
 
 def plain(config: RunConfig) -> tuple[float, Gradients]:
     """Nats a label of step 1's rows, and the gradient of the objective."""
-    model, rows = hot_model(config.model), config.train.global_batch
-    batch = batch_of(list(range(rows, 2 * rows)))
+    model = hot_model(config.model)
+    batch = concatenate(micro_batches(config, 1, 0, 1))
     logits, _ = model(batch.tokens, batch.positions, carry=False)
     nats = token_loss(logits, batch.labels)[batch.loss_mask].mean()
     z = z_penalty(logits)[batch.loss_mask].mean()
@@ -71,11 +76,11 @@ def plain(config: RunConfig) -> tuple[float, Gradients]:
 def divided(
     config: RunConfig, values: dict[str, torch.Tensor], meddle: Meddle | None
 ) -> tuple[float, list[tuple[Shard, torch.Tensor]]]:
-    """On a rank: its share of the nats a label, and the gradients of its shards, ZeRO's average
-    over data-parallel ranks not yet taken."""
+    """On a rank: nats a label, and the gradients of its shards, before ZeRO's sum over data-parallel
+    and context ranks."""
     if meddle is not None:
         meddle()
-    layout = plan_layout(config, int(__import__("os").environ.get("WORLD_SIZE", 1)))
+    layout = plan_layout(config, world_size())
     world = start_world(config.train, layout)
     pieces = build_pieces(
         config.model,
@@ -99,29 +104,37 @@ def divided(
     z = (config.train.z_loss, vocabulary_penalty if share else z_penalty)
     where = (torch.float64, layout, config.model.width)
     stages = [Stage(p.model, loss, *where, z, first=p.first, last=p.last) for p in pieces]
-    schedule = Schedule(stages, layout.data_parallel, world.device)
+    schedule = Schedule(stages, layout, world.device)
     place = world.place
     batches = micro_batches(config, 1, place.data, layout.data_parallel)
+    if layout.context > 1:
+        link = Link.join(context_ranks(), world.device, timeout_s=100)
+        for piece in pieces:
+            hand_on(piece.model, link)
+        batches = [shard(b, link.index, link.size) for b in batches]
     labels = sum(int(b.loss_mask.sum()) for b in batches) * (place.tensor + place.pipeline == 0)
     tokens = int(world.sum([float(labels)])[0])
     seen = schedule.run(batches, tokens_in_step=tokens)
+    if layout.context > 1:
+        link.drain()
     gradients = {n: p.grad for n, p in pieces.root.named_parameters() if p.grad is not None}
     if config.model.tied_embeddings and layout.pipeline > 1:
         sum_tied(gradients.items())
     nats = world.sum([seen.loss * (place.tensor == 0)])[0] / max(1, tokens)
     found = [
-        (pieces.shards[path], gradients[path] / layout.data_parallel)
+        (pieces.shards[path], gradients[path] / (layout.data_parallel * layout.context))
         for path, _ in pieces.root.named_parameters()
         if path in gradients
     ]
-    data = [place.data] * len(found)
+    data = [(place.data, place.context)] * len(found)
     world.shut_down()
     return nats, list(zip(found, data))  # type: ignore[return-value]
 
 
-def assemble(results: list[Any], reference: Gradients, data_parallel: int) -> Gradients:
-    """Whole gradients: summed over data-parallel ranks; copies on several ranks must agree."""
-    parts: dict[tuple[str, Any], dict[int, torch.Tensor]] = defaultdict(dict)
+def assemble(results: list[Any], reference: Gradients, summed: int) -> Gradients:
+    """Whole gradients: summed over so many data-parallel and context ranks; copies on other ranks
+    must agree."""
+    parts: dict[tuple[str, Any], dict[Any, torch.Tensor]] = defaultdict(dict)
     for _, found in results:
         for (shard, gradient), data in found:
             key = (shard.name, shard.box)
@@ -131,7 +144,7 @@ def assemble(results: list[Any], reference: Gradients, data_parallel: int) -> Gr
             parts[key][data] = gradient
     whole = {name: torch.full_like(g, torch.nan) for name, g in reference.items()}
     for (name, (offsets, sizes)), by_data in parts.items():
-        assert len(by_data) == data_parallel, name
+        assert len(by_data) == summed, name
         where = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
         whole[name][where] = torch.stack(list(by_data.values())).sum(0)
     return whole
@@ -143,7 +156,7 @@ def compare(config: RunConfig, ranks: int, meddle: Meddle | None = None) -> dict
     nats, reference = plain(config)
     results = run_world(divided, ranks, config, values_of(config), meddle, timeout=240)
     layout = plan_layout(config, ranks)
-    found = assemble(results, reference, layout.data_parallel)
+    found = assemble(results, reference, layout.data_parallel * layout.context)
     off = {"loss": max(abs(r[0] - nats) / abs(nats) for r in results)}
     for name, gradient in reference.items():
         largest = gradient.abs().max()

@@ -18,6 +18,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP2": (2, {}),
     "TP2 PP2+SP": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
     "PP2 DP2": (4, {"pipeline": 2}),
+    "CP2": (2, {"context": 2}),
+    "CP4": (4, {"context": 4}),
+    "CP2 TP2+SP": (4, {"context": 2, "tensor": 2, "sequence": True}),
+    "CP2 DP2": (4, {"context": 2}),
+    "CP2 PP2": (4, {"context": 2, "pipeline": 2}),
+    "CP2 PP2 x 2": (4, {"context": 2, "pipeline": 2, "interleave": 2}),
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from titans_pretrain.config import RunConfig, parse_config
-from titans_pretrain.data.batch import Batch
+from titans_pretrain.data.batch import Batch, concatenate
 from titans_pretrain.model.loss import token_loss
 from titans_pretrain.model.titans import TitansLM, kind
 from titans_pretrain.run.optim import learning_rate, param_groups
@@ -43,29 +43,28 @@ def tiny_config(**changes: Any) -> RunConfig:
     return parse_config(tree, "tiny")
 
 
-def random_row(sample: int, chunk: int = 8) -> tuple[torch.Tensor, ...]:
-    """One row: documents of random lengths from the chunk grid, with pads between them."""
+def random_row(sample: int, align: int = 8, length: int = T) -> tuple[torch.Tensor, ...]:
+    """One row: documents of random lengths from the grid, with pads between them."""
     g = torch.Generator().manual_seed(1000 + sample)
-    tokens = torch.randint(4, VOCAB, (T,), generator=g)
-    labels = torch.randint(4, VOCAB, (T,), generator=g)
-    positions = torch.full((T,), -1)
+    tokens = torch.randint(4, VOCAB, (length,), generator=g)
+    labels = torch.randint(4, VOCAB, (length,), generator=g)
+    positions = torch.full((length,), -1)
     start = 0
-    while start < T:
-        n = int(torch.randint(1, 20, (1,), generator=g))
-        n = min(n, T - start)
+    while start < length:
+        n = int(torch.randint(1, 20 * length // T, (1,), generator=g))
+        n = min(n, length - start)
         positions[start : start + n] = torch.arange(n)
         labels[start : start + n - 1] = tokens[start + 1 : start + n]
-        start += -(-n // chunk) * chunk
+        start += -(-n // align) * align
     mask = positions >= 0
     mask[:-1] &= positions[1:] != 0
     tokens[positions < 0] = 3
     return tokens, labels, positions, mask
 
 
-def batch_of(samples: list[int]) -> Batch:
-    tokens, labels, positions, mask = (
-        torch.stack(column) for column in zip(*[random_row(s) for s in samples], strict=True)
-    )
+def batch_of(samples: list[int], align: int = 8, length: int = T) -> Batch:
+    rows = [random_row(s, align, length) for s in samples]
+    tokens, labels, positions, mask = (torch.stack(column) for column in zip(*rows, strict=True))
     zeros = torch.zeros(len(samples), dtype=torch.int64)
     return Batch(tokens, labels, positions, mask, torch.tensor(samples), zeros)
 
@@ -75,7 +74,9 @@ def micro_batches(config: RunConfig, step: int, rank: int, ranks: int) -> list[B
     total, micro = config.train.global_batch, config.train.micro_batch
     per_rank = total // ranks
     first = step * total + rank * per_rank
-    return [batch_of(list(range(i, i + micro))) for i in range(first, first + per_rank, micro)]
+    shape = (config.alignment, config.data.sequence_length)
+    samples = [list(range(i, i + micro)) for i in range(first, first + per_rank, micro)]
+    return [batch_of(some, *shape) for some in samples]
 
 
 class PlainRun:
@@ -100,14 +101,7 @@ class PlainRun:
 
     def step(self, step: int) -> tuple[float, float, dict[str, torch.Tensor]]:
         """Update `step` (from 1): (loss, gradient norm, every gradient before clipping)."""
-        batch = batch_of(
-            list(
-                range(
-                    step * self.config.train.global_batch,
-                    (step + 1) * self.config.train.global_batch,
-                )
-            )
-        )
+        batch = concatenate(micro_batches(self.config, step, 0, 1))
         logits, _ = self.model(batch.tokens, batch.positions)
         loss = token_loss(logits, batch.labels)[batch.loss_mask].mean()
         z = logits[batch.loss_mask].exp().sum(-1).log().square().mean()

@@ -35,7 +35,7 @@ from titans_pretrain.measure.step_benchmark_report import table
 from titans_pretrain.measure.stopwatch import Key, Stopwatch
 from titans_pretrain.memory.live_bytes import LiveBytes
 from titans_pretrain.model.counts import flops_per_token, parameter_count
-from titans_pretrain.parallel.layout import plan_layout, require_built
+from titans_pretrain.parallel.layout import plan_layout
 from titans_pretrain.parallel.world import World, start_world, world_size
 from titans_pretrain.phases import at_step, listening, phase
 from titans_pretrain.run.folder import RunFolder
@@ -88,7 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(config: RunConfig, steps: int, warm_up: int, synthetic: bool) -> dict[str, Any]:
     """Runs the steps on this rank; the figures, plain values for JSON. Collective."""
-    require_built(config)
     layout = plan_layout(config, world_size())
     with contextlib.ExitStack() as leaving, Failing(config) as failing:
         world = failing.joined(start_world(config.train, layout))

@@ -88,16 +88,6 @@ def plan_layout(config: RunConfig, world_size: int) -> Layout:
     return Layout(world_size, config.parallel, asked.data_parallel, micro_batches)
 
 
-def require_built(config: RunConfig) -> None:
-    """Refuses a layout that is planned for but that training cannot run yet. Raises ConfigError."""
-    if config.parallel.context > 1:
-        raise ConfigError(
-            f"parallel.context={config.parallel.context}",
-            "context parallel training is not built yet",
-            "set parallel.context=1",
-        )
-
-
 def split_blocks(costs: Sequence[float], head: float, pieces: int) -> list[range]:
     """Cuts the blocks into consecutive pieces, one block or more each, so that the dearest piece is
     as cheap as can be; among equals, the first pieces are filled first.

@@ -114,8 +114,8 @@ class Schedule:
     `stages`: the pieces of the model that this rank holds, in order.
     """
 
-    def __init__(self, stages: Sequence[Stage], data_parallel: int, device: torch.device) -> None:
-        self.stages, self.data_parallel, self.device = list(stages), data_parallel, device
+    def __init__(self, stages: Sequence[Stage], layout: Layout, device: torch.device) -> None:
+        self.stages, self.layout, self.device = list(stages), layout, device
         self.calls = 0  # how often Megatron's schedule ran
 
     def run(
@@ -128,9 +128,10 @@ class Schedule:
         Returns:
             What the last piece saw; nothing on ranks without it.
         """
-        # Megatron divides the returned loss by the number of micro-batches, ZeRO averages over
-        # data-parallel ranks: undone here, so that the loss is the mean over tokens_in_step.
-        scale = len(micro_batches) * self.data_parallel / max(1, tokens_in_step)
+        # Megatron divides the returned loss by the number of micro-batches and multiplies it by the
+        # context ranks, ZeRO averages over data-parallel and context ranks: undone here, so that
+        # the loss is the mean over tokens_in_step.
+        scale = len(micro_batches) * self.layout.data_parallel / max(1, tokens_in_step)
         losses: list[tuple[torch.Tensor, Batch]] = []
         penalty = self.stages[-1].penalty
         coefficient = 0.0 if penalty is None else penalty[0]
@@ -164,7 +165,8 @@ class Schedule:
                 data_iterator=batches if interleaved else batches[0],
                 model=self.stages if interleaved else self.stages[0],
                 num_microbatches=len(micro_batches),
-                seq_length=micro_batches[0].tokens.shape[1],
+                # Megatron divides it by the context ranks; these rows are divided already.
+                seq_length=micro_batches[0].tokens.shape[1] * self.layout.context,
                 micro_batch_size=micro_batches[0].tokens.shape[0],
                 forward_only=not train,
             )

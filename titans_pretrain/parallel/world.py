@@ -129,6 +129,12 @@ def choose_device(asked: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def context_ranks() -> list[int]:
+    """The global ranks that share this rank's rows, in order of their tokens."""
+    ranks: list[int] = parallel_state.get_context_parallel_global_ranks()
+    return ranks
+
+
 def world_size() -> int:
     """Ranks that the environment promises; without WORLD_SIZE this process is alone."""
     return int(os.environ.get("WORLD_SIZE", 1))
