@@ -19,6 +19,7 @@ from titans_pretrain.config.run import (
     SampleConfig,
     TrainConfig,
     ValidationConfig,
+    WatchdogConfig,
 )
 from titans_pretrain.config.section import ALIGNMENTS
 
@@ -40,6 +41,7 @@ __all__ = [
     "SourceConfig",
     "TrainConfig",
     "ValidationConfig",
+    "WatchdogConfig",
     "apply_override",
     "dump_config",
     "load_config",
