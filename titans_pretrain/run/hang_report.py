@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 # Python's last frame of a thread that waits for other ranks.
 _WAITING = ("torch.distributed.distributed_c10d", "torch.distributed.rendezvous")
-_RECORDED = 20_000  # characters of the flight recorder at most
+_LAST = 8  # collectives of torch's flight recorder
 
 
 def words(seen: Seen) -> str:
@@ -63,9 +64,14 @@ def _least(seen: list[Seen], key: Callable[[Seen], int]) -> list[Seen]:
 
 
 def describe(
-    mine: Beat, size: int, why: str, seen: Sequence[Seen], batches: Sequence[Batch]
+    mine: Beat,
+    size: int,
+    why: str,
+    seen: Sequence[Seen],
+    silent: float,
+    batches: Sequence[Batch],
 ) -> str:
-    """The report of this rank."""
+    """The report of this rank. `silent`: seconds that make a rank one that is not heard of."""
     job = os.environ.get("SLURM_JOB_ID")
     who = f"rank {mine.rank} of {size} on {mine.host}, pid {mine.pid}"
     lines = [
@@ -77,7 +83,7 @@ def describe(
         f"samples:    {_samples(batches)}",
     ]
     if seen:
-        waited_for = behind(seen, 10.0) or ["none: all stand alike, and wait for each other"]
+        waited_for = behind(seen, silent) or ["none: all stand alike, and wait for each other"]
         lines += ["", "waited for:", *(f"  {line}" for line in waited_for)]
         lines += ["", "ranks, as last heard:"]
         lines += [
@@ -85,10 +91,7 @@ def describe(
             f"{s.beat.state or _at(s.beat)}"
             for s in seen
         ]
-    lines += ["", *_stacks()]
-    recorded = cast(Any, c10d)._dump_fr_trace_json(True, True).decode(errors="replace")
-    if '"entries"' in recorded:
-        lines += ["", "torch's flight recorder, what is not done:", recorded[:_RECORDED]]
+    lines += ["", *_recorded(), *_stacks()]
     return "\n".join(lines) + "\n"
 
 
@@ -139,11 +142,24 @@ def _waits(frame: FrameType) -> bool:
     return frame.f_globals.get("__name__") in _WAITING
 
 
+def _recorded() -> list[str]:
+    """What torch's flight recorder holds that is not done, where it records."""
+    recorded = json.loads(cast(Any, c10d)._dump_fr_trace_json(True, True))
+    open_ = [e for e in recorded.get("entries", ()) if not e["retired"]]
+    lines = [
+        f"  number {e['collective_seq_id']}, {e['profiling_name']} of {e['input_sizes']} in group "
+        f"{e['process_group'][1]}: {e['state']}"
+        for e in open_[-_LAST:]
+    ]
+    return ["torch's flight recorder, what is not done:", *lines, ""] if lines else []
+
+
 def _stacks() -> Iterator[str]:
     """Every thread's stack, the main thread's first, the innermost call last."""
     threads = {t.ident: t for t in threading.enumerate()}
     main = threading.main_thread().ident
     frames = sys._current_frames()
+    frames.pop(threading.get_ident(), None)  # writes this
     for ident in sorted(frames, key=lambda i: (i != main, i)):
         thread = threads.get(ident)
         yield f"thread {thread.name if thread else ident}, innermost call last:"

@@ -87,7 +87,8 @@ class Roll:
         _, at, seen = self._read
         age = self._clock() - at  # while no roll comes nothing is known of ranks other than 0
         late = [replace(s, silent=s.silent + age) if s.beat.rank == 0 else s for s in seen]
-        return sorted(late, key=self._behind)
+        others = [s for s in late if s.beat.rank != self._rank]
+        return sorted([*others, Seen(self._mine(), 0.0)], key=self._behind)
 
     def lost(self, seconds: float) -> list[Seen]:
         """The ranks not heard of for so long, and those that left with an error."""

@@ -44,7 +44,7 @@ _MINUTES = ("step_minutes", "start_minutes", "data_minutes", "checkpoint_minutes
 TICK = 1.0  # seconds between two looks
 BEAT = 2.0  # seconds between two beats
 ASLEEP = 5.0  # seconds: what passes beyond them between two looks, this process did not run
-WRITING = 10.0  # seconds for the report, then for telling the others and awaiting theirs
+WRITING, TELLING = 10.0, 5.0  # seconds for the report, for telling others and awaiting theirs
 
 
 class Watchdog:
@@ -63,8 +63,8 @@ class Watchdog:
         self._tick, self._every = min(TICK, shortest / 10), min(BEAT, (silent or BEAT) / 8)
         self._rank, self._size = int(os.environ.get("RANK", 0)), 1
         self._clock = self._since = 0.0  # seconds awake: now, and at the last progress
-        self._pulse, self._before, _ = phases.now()
-        self._first: int | None = None  # the first step of this life
+        self._last = phases.now()[:2]  # at the last progress
+        self._first = 0  # step of this life, once it has begun
         self._batches: Sequence[Batch] = ()
         self._roll: Roll | None = None
         self._closed, self._ending, self._ended = (threading.Event() for _ in range(3))
@@ -81,6 +81,7 @@ class Watchdog:
         self._batches = micro_batches
 
     def __enter__(self) -> Watchdog:
+        phases.at_step(0)
         if self._tick:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
@@ -111,11 +112,9 @@ class Watchdog:
     def _trouble(self) -> str:
         """Why to end, or nothing."""
         pulse, step, stack = phases.now()
-        if pulse != self._pulse or step != self._before:
-            self._pulse, self._since = pulse, self._clock
-            if step != self._before and self._first is None:
-                self._first = step
-            self._before = step
+        self._first = self._first or step
+        if (pulse, step) != self._last:
+            self._last, self._since = (pulse, step), self._clock
         still = self._clock - self._since
         if self._roll is not None and self._roll.alarm:
             return self._roll.alarm
@@ -136,8 +135,7 @@ class Watchdog:
 
     def _limit(self, step: int, stack: Sequence[str]) -> str:
         """The name of the limit that counts now: the longest that fits."""
-        starting = self._first is None or step <= self._first
-        fitting = ["start_minutes"] if starting else []
+        fitting = ["start_minutes"] if step <= self._first else []
         for phase, name in (("checkpoint", "checkpoint_minutes"), ("data", "data_minutes")):
             if phase in stack:
                 fitting.append(name)
@@ -153,8 +151,8 @@ class Watchdog:
             self._rank,
             socket.gethostname(),
             os.getpid(),
-            step=step if self._first is not None else 0,
-            phase=" > ".join(stack) or ("starting" if self._first is None else ""),
+            step=step,
+            phase=" > ".join(stack) or ("" if step else "starting"),
             pulse=pulse,
             still=self._clock - self._since,
             waits_in=main_thread_waits_in(),
@@ -167,15 +165,15 @@ class Watchdog:
         told = threading.Thread(target=self._tell, args=(why, wrote), daemon=True)
         wrote.start()
         told.start()
-        for thread in (wrote, told):
-            thread.join(timeout=WRITING)
+        wrote.join(timeout=WRITING)
+        told.join(timeout=TELLING)
         self._end(EXIT_HANG)
         self._ended.set()
 
     def _write(self, why: str, seen: Sequence[Seen]) -> None:
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         path = self._folder / f"failure-{stamp}-rank-{self._rank:05d}.txt"
-        text = describe(self._beat(), self._size, why, seen, self._batches)
+        text = describe(self._beat(), self._size, why, seen, 4 * self._every, self._batches)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
