@@ -30,8 +30,8 @@ import torch
 
 from titans_pretrain import phases
 from titans_pretrain.config import RunConfig
-from titans_pretrain.errors import EXIT_HANG, HangError
-from titans_pretrain.run.hang_report import describe, main_thread_waits_in, words
+from titans_pretrain.errors import EXIT_HANG, HangError, NodeError
+from titans_pretrain.run.hang_report import behind, describe, main_thread_waits_in, words
 from titans_pretrain.run.roll import LEFT, Beat, Roll, Seen
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Watchdog:
         """From now on there are other ranks; this one says so as `leaving` is left."""
         self._rank, self._size = world.rank, world.size
         if world.size > 1 and self._tick:
-            self._roll = Roll(world.size, self._beat, lambda: self._clock, self._every)
+            self._roll = Roll(world.size, self._mine, lambda: self._clock, self._every)
             leaving.push(self._leave)
 
     def fed(self, micro_batches: Sequence[Batch]) -> None:
@@ -101,16 +101,16 @@ class Watchdog:
         last = time.monotonic()
         while not self._closed.wait(self._tick):
             now = time.monotonic()
-            self._clock += min(now - last, ASLEEP)
+            why = self.look(now - last)
             last = now
-            why = self._trouble()
             if why and not self._closed.is_set():
                 self._ending.set()
                 self._finish(why)
                 return
 
-    def _trouble(self) -> str:
-        """Why to end, or nothing."""
+    def look(self, passed: float) -> str:
+        """Why to end now, or nothing. `passed`: seconds since the last look."""
+        self._clock += min(passed, ASLEEP)
         pulse, step, stack = phases.now()
         self._first = self._first or step
         if (pulse, step) != self._last:
@@ -127,11 +127,12 @@ class Watchdog:
         minutes = getattr(self._limits, name)
         if not minutes or still < 60 * minutes:
             return ""
-        place = self._beat().place
-        return (
+        why = (
             f"rank {self._rank} on {socket.gethostname()} has made no progress for {still:.0f} s "
-            f"in {place} (watchdog.{name}={minutes:g})"
+            f"in {self._mine().place} (watchdog.{name}={minutes:g})"
         )
+        seen = self._roll.seen() if self._roll is not None else []
+        return "; ".join([why, *behind(seen, 4 * self._every)[:4]])
 
     def _limit(self, step: int, stack: Sequence[str]) -> str:
         """The name of the limit that counts now: the longest that fits."""
@@ -145,7 +146,7 @@ class Watchdog:
             key=lambda name: getattr(self._limits, name) or float("inf"),
         )
 
-    def _beat(self) -> Beat:
+    def _mine(self) -> Beat:
         pulse, step, stack = phases.now()
         return Beat(
             self._rank,
@@ -173,7 +174,7 @@ class Watchdog:
     def _write(self, why: str, seen: Sequence[Seen]) -> None:
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         path = self._folder / f"failure-{stamp}-rank-{self._rank:05d}.txt"
-        text = describe(self._beat(), self._size, why, seen, 4 * self._every, self._batches)
+        text = describe(self._mine(), self._size, why, seen, 4 * self._every, self._batches)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
@@ -186,9 +187,10 @@ class Watchdog:
             f"{where}; start again: the run goes on from its last checkpoint",
         )
         print(f"titans-pretrain: {error}", file=sys.stderr, flush=True)
-        logger.error("%s", error)
-        for stream in (sys.stdout, sys.stderr, *logging.getLogger("titans_pretrain").handlers):
-            stream.flush()
+        with contextlib.suppress(OSError, NodeError):  # the disk may be the fault
+            logger.error("%s", error)
+            for stream in (sys.stdout, sys.stderr, *logging.getLogger("titans_pretrain").handlers):
+                stream.flush()
 
     def _tell(self, why: str, wrote: threading.Thread) -> None:
         """The others; then waits until all that are there have reported: if rank 0 left before
