@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +43,17 @@ def test_a_killed_run_is_gone_in_a_minute_and_goes_on_bitwise(
     assert result(config["folder"]) == whole
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_a_life_that_lives_on_or_ends_well_is_seen(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("other", "complaint"), [("sleep 60", "live on after 1 s"), ("true", "exit codes")]
+)
+def test_a_rank_that_lives_on_or_ends_well_is_seen(
+    other: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kill that hits nobody: the run goes on for longer than the bound."""
     monkeypatch.setattr(torture, "BOUND", 1.0)
-    monkeypatch.setattr(torture.os, "kill", lambda *_: None)
-    life = Life.start(tree(tmp_path / "run", data), True, "train.steps=100000")
-    with pytest.raises(AssertionError, match="live on after 1 s"):
-        kill(life, "resuming", "rank 1", random.Random(0))
+    monkeypatch.setattr(torture, "come_to", lambda *_: True)
+    env = {**os.environ, torture.MARK: str(tmp_path)}
+    ranks = [subprocess.Popen(command.split(), env=env) for command in ("sleep 60", other)]
+    life = Life(tmp_path, False, str(tmp_path), 0, 0, ranks)
+    with pytest.raises(AssertionError, match=complaint):
+        kill(life, "training", "rank 0", random.Random(0))
     assert life.alive() == []

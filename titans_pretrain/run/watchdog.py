@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("titans_pretrain.watchdog")
 
 _MINUTES = ("step_minutes", "start_minutes", "data_minutes", "checkpoint_minutes")
+_PLACE = (("RANK", 0), ("WORLD_SIZE", 1))
 TICK = 1.0  # seconds between two looks
 BEAT = 2.0  # seconds between two beats
 ASLEEP = 5.0  # seconds: what passes beyond them between two looks, this process did not run
@@ -61,7 +62,7 @@ class Watchdog:
         self.timeout_s = max(1800.0, *(limit + 300 for limit in limits))  # collectives': later
         shortest = min((x for x in (*limits, silent) if x), default=0.0)
         self._tick, self._every = min(TICK, shortest / 10), min(BEAT, (silent or BEAT) / 8)
-        self._rank, self._size = int(os.environ.get("RANK", 0)), 1
+        self._rank, self._size = (int(os.environ.get(n, d)) for n, d in _PLACE)
         self._clock = self._since = 0.0  # seconds awake: now, and at the last progress
         self._last = phases.now()[:2]  # at the last progress
         self._first = 0  # step of this life, once it has begun
