@@ -116,12 +116,14 @@ def test_a_rank_that_hangs_alone_ends_all_and_is_named(data: Path, tmp_path: Pat
             rank.kill()
     first, second = reports(tmp_path / "run")
     behind = rf"rank 1 on \S+ \(pid {ranks[1].pid}\) is behind: step 5, backward > forward, in no "
-    why = r"why:        rank [01] on \S+ has made no progress for 6 s in step 5, .+step_minutes=0\.1\)"
+    why = (
+        r"why:        rank [01] on \S+ has made no progress for 6 s in step 5, .+step_minutes=0\.1"
+    )
     for text in (first, second):
-        assert re.search(rf"^{why}; {behind}", text, re.MULTILINE)
+        assert re.search(f"^{why}", text, re.MULTILINE)
         assert re.search(rf"waited for:\n  {behind}collective, no progress for \d+ s\n\n", text)
     assert "this rank:  step 5, gradient scan" in first
-    assert "waits in:   all_reduce of float64[2] in group default_pg of ranks 0, 1" in first
+    assert "waits in:   all_reduce of float64[3] in group default_pg of ranks 0, 1" in first
     assert "samples:    32 33; 34 35" in first and "samples:    36 37; 38 39" in second
     assert "sleep_for_ever" in second[second.index("thread MainThread") :].split("\n\n")[0]
     assert "sleep_for_ever" not in first

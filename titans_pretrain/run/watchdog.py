@@ -133,7 +133,10 @@ class Watchdog:
             f"in {self._mine().place} (watchdog.{name}={minutes:g})"
         )
         seen = self._roll.seen() if self._roll is not None else []
-        return "; ".join([why, *behind(seen, 4 * self._every)[:4]])
+        others = [
+            w for w in behind(seen, 4 * self._every) if not w.startswith(f"rank {self._rank} ")
+        ]
+        return "; ".join([why, *others[:4]])
 
     def _limit(self, step: int, stack: Sequence[str]) -> str:
         """The name of the limit that counts now: the longest that fits."""
