@@ -66,9 +66,8 @@ def test_each_kind_of_phase_has_its_limit(
     names: tuple[str, ...], step: int, limit: str, minutes: int, tmp_path: Path
 ) -> None:
     dog = watchdog(tmp_path, step_minutes=1, start_minutes=2, data_minutes=3, checkpoint_minutes=4)
-    if step:
-        phases.at_step(7)
-        assert not dog.look(1.0)
+    for _ in range(7, step + 1):
+        dog.fed([])
     with in_step(dog, step, *names):
         dog.look(1.0)  # sees the progress
         assert pass_time(dog, 60 * minutes - 1) == []
@@ -105,14 +104,12 @@ def test_a_process_that_was_stopped_is_not_blamed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("limit", [*OFF, None])
 def test_0_is_no_limit(limit: str | None, tmp_path: Path) -> None:
     limits = {**OFF, **({limit: 1} if limit else {})}
-    dog = watchdog(tmp_path, **limits)
     kinds = {"step_minutes": 5, "start_minutes": 0, "data_minutes": 5, "checkpoint_minutes": 5}
     names = {"data_minutes": ["data"], "checkpoint_minutes": ["checkpoint"]}
     for kind, step in kinds.items():
-        phases.at_step(3)
-        dog.look(1.0)
-        if not step:
-            dog = watchdog(tmp_path, **limits)
+        dog = watchdog(tmp_path, **limits)
+        for _ in range(step):
+            dog.fed([])
         with in_step(dog, step, *names.get(kind, [])):
             dog.look(1.0)
             assert bool(pass_time(dog, 60)) == (kind == limit), kind

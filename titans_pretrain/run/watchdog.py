@@ -65,7 +65,7 @@ class Watchdog:
         self._rank, self._size = (int(os.environ.get(n, d)) for n, d in _PLACE)
         self._clock = self._since = 0.0  # seconds awake: now, and at the last progress
         self._last = phases.now()[:2]  # at the last progress
-        self._first = 0  # step of this life, once it has begun
+        self._fed = 0  # steps that have begun in this life
         self._batches: Sequence[Batch] = ()
         self._roll: Roll | None = None
         self._closed, self._ending, self._ended = (threading.Event() for _ in range(3))
@@ -79,7 +79,7 @@ class Watchdog:
 
     def fed(self, micro_batches: Sequence[Batch]) -> None:
         """The batches that the step about to begin is made of."""
-        self._batches = micro_batches
+        self._fed, self._batches = self._fed + 1, micro_batches
 
     def __enter__(self) -> Watchdog:
         phases.at_step(0)
@@ -113,7 +113,6 @@ class Watchdog:
         """Why to end now, or nothing. `passed`: seconds since the last look."""
         self._clock += min(passed, ASLEEP)
         pulse, step, stack = phases.now()
-        self._first = self._first or step
         if (pulse, step) != self._last:
             self._last, self._since = (pulse, step), self._clock
         still = self._clock - self._since
@@ -124,7 +123,7 @@ class Watchdog:
             lost = self._roll.lost(silent)
             if lost:
                 return "; ".join(words(s) for s in lost[:4])
-        name = self._limit(step, stack)
+        name = self._limit(stack)
         minutes = getattr(self._limits, name)
         if not minutes or still < 60 * minutes:
             return ""
@@ -138,9 +137,9 @@ class Watchdog:
         ]
         return "; ".join([why, *others[:4]])
 
-    def _limit(self, step: int, stack: Sequence[str]) -> str:
+    def _limit(self, stack: Sequence[str]) -> str:
         """The name of the limit that counts now: the longest that fits."""
-        fitting = ["start_minutes"] if step <= self._first else []
+        fitting = ["start_minutes"] if self._fed < 2 else []
         for phase, name in (("checkpoint", "checkpoint_minutes"), ("data", "data_minutes")):
             if phase in stack:
                 fitting.append(name)
