@@ -21,7 +21,7 @@ ARROWS = {
     "model": ("config", "errors", "memory"),
     "parallel": ("config", "errors", "data.batch", "phases"),
     "phases": (),
-    "run": ("config", "errors", "parallel.layout"),
+    "run": ("config", "errors", "parallel.layout", "phases"),
     "launch": ("errors", "run.files"),
     "measure": (
         *("config", "errors", "data", "memory", "model", "parallel", "run", "launch"),

@@ -9,7 +9,7 @@
 | 4         | diverged (a non-finite loss or gradient)       |
 | 75        | saved on request, to be continued              |
 | 76        | node fault (disk, device, lost peer)           |
-| 77        | hang                                           |
+| 77        | hang: no progress, or a rank not heard of      |
 """
 
 from __future__ import annotations
@@ -63,3 +63,9 @@ class NodeError(TitansError):
     """This machine failed the run: disk full, folder not writable, device or peer lost."""
 
     exit_code = EXIT_NODE
+
+
+class HangError(TitansError):
+    """No progress for longer than the watchdog allows, or a rank that is not heard of."""
+
+    exit_code = EXIT_HANG

@@ -44,6 +44,7 @@ class Listener(Protocol):
 _stack: list[str] = []
 _listeners: list[Listener] = []
 _step = 0
+_pulse = 0
 
 
 class phase(contextlib.ContextDecorator):
@@ -53,6 +54,8 @@ class phase(contextlib.ContextDecorator):
         self.name = name
 
     def __enter__(self) -> phase:
+        global _pulse
+        _pulse += 1
         _stack.append(self.name)
         for listener in _listeners:
             listener.began(self.name)
@@ -61,6 +64,8 @@ class phase(contextlib.ContextDecorator):
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        global _pulse
+        _pulse += 1
         if error is not None and not hasattr(error, "_phases"):
             # Unwinding pops the stack: the innermost phase notes where it was.
             with contextlib.suppress(AttributeError):
@@ -71,6 +76,8 @@ class phase(contextlib.ContextDecorator):
 
     def become(self, name: str) -> None:
         """Ends this phase and begins another in its place."""
+        global _pulse
+        _pulse += 1
         for listener in _listeners:
             listener.ended(self.name)
         self.name = _stack[-1] = name
@@ -89,6 +96,12 @@ def where(error: BaseException) -> tuple[int, tuple[str, ...]]:
     of an error that was raised in none, where this process is now."""
     found: tuple[int, tuple[str, ...]] = getattr(error, "_phases", (_step, tuple(_stack)))
     return found
+
+
+def now() -> tuple[int, int, tuple[str, ...]]:
+    """How often a phase has begun or ended in this process, the step, and the phases it is in, for
+    a thread that looks on."""
+    return _pulse, _step, tuple(_stack)
 
 
 @contextlib.contextmanager

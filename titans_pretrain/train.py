@@ -33,6 +33,7 @@ from titans_pretrain.run.console import open_log
 from titans_pretrain.run.folder import RunFolder
 from titans_pretrain.run.lock import newest_claim
 from titans_pretrain.run.signals import stop_request
+from titans_pretrain.run.watchdog import Watchdog
 from titans_pretrain.step import Progressed, TrainStep
 from titans_pretrain.watch import Watch
 
@@ -53,9 +54,15 @@ def run_training(
         TitansError: the same kind on every rank.
     """
     layout = plan_layout(config, world_size())
-    with stop_request() as stop, contextlib.ExitStack() as leaving, Failing(config) as failing:
-        world = failing.joined(start_world(config.train, layout))
+    with (
+        stop_request() as stop,
+        Watchdog(config) as watchdog,
+        contextlib.ExitStack() as leaving,
+        Failing(config) as failing,
+    ):
+        world = failing.joined(start_world(config.train, layout, watchdog.timeout_s))
         leaving.callback(world.shut_down)
+        watchdog.joined(world, leaving)
         check_profile(config.profile, world.size)
         stream = world.agree(lambda: open_stream(config, world))
         sets = world.agree(lambda: open_validation(config, stream))
@@ -78,6 +85,7 @@ def run_training(
             profile.reach(at.step + 1)
             began = time.perf_counter()
             micro_batches, data = fetch(world, batches, stream, at.data)
+            watchdog.fed(micro_batches)
             waited = time.perf_counter() - began
             with watch.memory(at.step + 1):
                 report = step(micro_batches, at.step + 1)

@@ -114,7 +114,9 @@ time.sleep(60)
     assert "rank 0 failed first (signal SIGKILL, which the kernel sends where memory runs" in err
 
 
-@pytest.mark.parametrize(("end", "code"), [("sys.exit(3)", 3), ("time.sleep(60)", 76)])
+@pytest.mark.parametrize(
+    ("end", "code"), [("sys.exit(3)", 3), ("sys.exit(77)", 77), ("time.sleep(60)", 76)]
+)
 def test_a_rank_that_lost_another_is_not_the_cause(tmp_path, end, code):
     body = f"""
 if rank == 0:
@@ -125,7 +127,8 @@ time.sleep(0.5)
 """
     _, err = (run := _start(tmp_path, body, ranks=2)).communicate(timeout=60)
     assert run.returncode == code
-    assert f"rank {int(code == 3)} failed first (exit code {code})" in err
+    assert f"rank {int(code != 76)} failed first (exit code {code}" in err
+    assert ("failure-*.txt" in err) == (code == 77)
 
 
 def test_saved_on_request_stays_75_and_the_slow_rank_is_awaited(tmp_path):

@@ -76,8 +76,8 @@ def plain(config: RunConfig) -> tuple[float, Gradients]:
 def divided(
     config: RunConfig, values: dict[str, torch.Tensor], meddle: Meddle | None
 ) -> tuple[float, list[tuple[Shard, torch.Tensor]]]:
-    """On a rank: nats a label, and the gradients of its shards, before ZeRO's sum over data-parallel
-    and context ranks."""
+    """On a rank: nats a label, and the gradients of its shards, before ZeRO's sum over
+    data-parallel and context ranks."""
     if meddle is not None:
         meddle()
     layout = plan_layout(config, world_size())
@@ -136,11 +136,11 @@ def assemble(results: list[Any], reference: Gradients, summed: int) -> Gradients
     must agree."""
     parts: dict[tuple[str, Any], dict[Any, torch.Tensor]] = defaultdict(dict)
     for _, found in results:
-        for (shard, gradient), data in found:
-            key = (shard.name, shard.box)
+        for (piece, gradient), data in found:
+            key = (piece.name, piece.box)
             if data in parts[key]:
                 same = (parts[key][data] - gradient).abs().max()
-                assert same <= 1e-12 * gradient.abs().max(), f"{shard.name}: copies differ"
+                assert same <= 1e-12 * gradient.abs().max(), f"{piece.name}: copies differ"
             parts[key][data] = gradient
     whole = {name: torch.full_like(g, torch.nan) for name, g in reference.items()}
     for (name, (offsets, sizes)), by_data in parts.items():

@@ -19,6 +19,7 @@ from titans_pretrain.config.run import (
     SampleConfig,
     TrainConfig,
     ValidationConfig,
+    WatchdogConfig,
     ZeroConfig,
 )
 from titans_pretrain.config.section import ALIGNMENTS
@@ -41,6 +42,7 @@ __all__ = [
     "SourceConfig",
     "TrainConfig",
     "ValidationConfig",
+    "WatchdogConfig",
     "ZeroConfig",
     "apply_override",
     "dump_config",

@@ -16,6 +16,8 @@ from titans_pretrain.config.section import (
     Section,
 )
 
+Minutes = Annotated[float, Field(ge=0)]
+
 
 class OptimConfig(Section):
     """AdamW, decay groups, warm-up and schedule."""
@@ -136,6 +138,19 @@ class ProfileConfig(Section):
         return self
 
 
+class WatchdogConfig(Section):
+    """How long a rank may make no progress before all end with 77, their stacks told. Progress is
+    the beginning or end of a phase (see phases.py): each micro-batch, also of a validation, counts.
+    0: no such limit."""
+
+    step_minutes: Minutes = 10.0  # anywhere not listed below
+    start_minutes: Minutes = 30.0  # until the first step is done: joining, building, loading
+    data_minutes: Minutes = 30.0  # waiting for batches: a fetch that is tried again may take long
+    checkpoint_minutes: Minutes = 30.0  # writing one
+    # A rank that gives no sign of life for so long, while this one makes no progress, is lost.
+    silent_seconds: Annotated[float, Field(ge=0)] = 45.0
+
+
 class RunConfig(Section):
     folder: str  # everything the run writes
     model: ModelConfig = ModelConfig()
@@ -147,6 +162,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     profile: ProfileConfig = ProfileConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     @property
     def alignment(self) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from titans_pretrain.errors import EXIT_DONE, EXIT_NODE, EXIT_SAVED
+from titans_pretrain.errors import EXIT_DONE, EXIT_HANG, EXIT_NODE, EXIT_SAVED
 from titans_pretrain.run.files import storage_error
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -164,6 +164,8 @@ def end(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
 
 def _tell(rank: int, code: int, output: IO[bytes] | None) -> None:
     how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+    if code == EXIT_HANG:
+        how += ", a hang: the run folder's failure-*.txt tell where the ranks stood"
     if code == -signal.SIGKILL:
         how += ", which the kernel sends where memory runs out: see dmesg"
     print(f"rank {rank} failed first ({how}); the other ranks were ended", file=sys.stderr)

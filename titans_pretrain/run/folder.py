@@ -5,6 +5,7 @@ lock.000007           the claim of life 7 (see lock.py)
 metrics.jsonl         one record a line
 memory.jsonl          the memories' figures, head by head
 samples.jsonl         text generated at validations
+failure-*-rank-*.txt  where a rank stood that the watchdog ended (see watchdog.py)
 checkpoints/  tensorboard/  logs/rank-00000.log
 """
 
