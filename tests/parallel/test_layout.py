@@ -1,15 +1,29 @@
 """Ranges and boxes against numpy's own flattening."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core import parallel_state
 
 from tests.parallel.tiny import tiny_config
 from tests.prepared import ROOT
-from titans_pretrain.config import load_config
+from tests.worlds import run_world
+from titans_pretrain.config import RunConfig, load_config
 from titans_pretrain.errors import ConfigError
-from titans_pretrain.parallel.layout import flat_range_boxes, plan_layout, require_built
+from titans_pretrain.parallel.layout import (
+    Fragment,
+    Layout,
+    Place,
+    Shard,
+    flat_range_boxes,
+    plan_layout,
+    split_blocks,
+)
+from titans_pretrain.parallel.legal import RULES
+from titans_pretrain.parallel.world import start_world, world_size
 
 SIZES = sorted((ROOT / "configs").glob("titans-*.yaml"))
 
@@ -89,15 +103,117 @@ def test_a_layout_that_does_not_fit_is_told_with_its_remedy(override: str, ranks
     assert caught.value.rule
 
 
-def test_tensor_parallel_training_is_refused_until_its_layers_are_there() -> None:
+# For each rule in turn: overrides of the tiny config, ranks, what the value and the remedy name.
+REFUSED = [
+    ({"zero": {"stage": 0}}, {}, 1, "parallel.zero.stage=0", "parallel.zero.stage=1"),
+    ({"tensor": 2, "pipeline": 2}, {}, 6, "6 ranks", "a multiple of 4 ranks"),
+    ({"tensor": 4}, {}, 4, "model.heads=2, parallel.tensor=4", "parallel.tensor=2"),
+    ({"sequence": True}, {}, 1, "parallel.tensor=1", "parallel.tensor above 1"),
+    ({"pipeline": 3}, {}, 3, "model.blocks=2", "at most 2"),
+    ({"interleave": 2}, {}, 1, "parallel.interleave=2", "parallel.interleave=1"),
+    ({"pipeline": 2, "zero": {"stage": 2}}, {}, 2, "parallel.pipeline=2", "zero.stage=1"),
+    ({"context": 2, "zero": {"stage": 3}}, {}, 2, "parallel.context=2", "zero.stage=1"),
+    ({"zero": {"overlap": True}}, {}, 1, "parallel.zero.overlap=true", "zero.stage=2"),
+    ({"zero": {"stage": 3, "copy_within": 3}}, {}, 2, "copy_within=3", "copy_within=1"),
+    (
+        {"context": 8},
+        {"model__variant": "lmm"},
+        8,
+        "data.sequence_length=32",
+        "data.sequence_length=64",
+    ),
+    ({}, {}, 3, "3 data-parallel ranks", "train.global_batch=6"),
+    ({}, {"train__ramp": {"start": 2, "steps": 2}}, 2, "train.ramp.start=2", "multiple of 4"),
+    (
+        {"pipeline": 2, "interleave": 2},
+        {"train__global_batch": 6, "model__blocks": 4},
+        2,
+        "train.global_batch=6",
+        "a multiple of 4",
+    ),
+]
+
+
+def test_each_rule_has_a_layout_that_breaks_it() -> None:
+    assert len(REFUSED) == len(RULES)
+    for rule, (parallel, changes, ranks, value, remedy) in zip(RULES, REFUSED, strict=True):
+        config = tiny_config(parallel=parallel, **changes)
+        with pytest.raises(ConfigError) as caught:
+            plan_layout(config, ranks)
+        assert caught.value.rule == f"{rule.rule}: {rule.why}"
+        assert value in caught.value.value and remedy in caught.value.remedy, rule.rule
+
+
+def test_context_ranks_do_not_cut_a_mac_s_segments() -> None:
+    mac = {"model__variant": "mac", "parallel": {"context": 2}, "data__sequence_length": 64}
+    with pytest.raises(ConfigError, match=r"model.segment=16(.|\n)*data.align=16"):
+        plan_layout(tiny_config(**mac), 2)
+    assert plan_layout(tiny_config(**mac, data__align=16), 2).context == 2
+
+
+def test_a_layout_is_refused_before_any_process_group() -> None:
     from titans_pretrain.train import run_training
 
-    config = load_config(ROOT / "configs" / "titans-1.3b.yaml")
-    for refuse in (require_built, run_training):  # before a process group, data or a folder
-        with pytest.raises(ConfigError) as caught:
-            refuse(config)
-        assert caught.value.value == "parallel.tensor=4"
-        assert caught.value.rule == "tensor parallel layers are not built yet"
-        assert caught.value.remedy == "set parallel.tensor=1"
-    one = load_config(ROOT / "configs" / "titans-1.3b.yaml", ["parallel.tensor=1"])
-    require_built(one)
+    with pytest.raises(ConfigError, match=r"parallel\.tensor=4, 1 ranks"):
+        run_training(load_config(ROOT / "configs" / "titans-1.3b.yaml"))
+
+
+def coordinates(config: RunConfig) -> tuple[Place, Place]:
+    layout = plan_layout(config, world_size())
+    world = start_world(config.train, layout)
+    megatron = Place(
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_context_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+    )
+    place = world.place
+    world.shut_down()
+    return place, megatron
+
+
+def test_ranks_stand_where_megatron_has_them() -> None:
+    parallel = {"tensor": 2, "pipeline": 2, "context": 2}
+    found = run_world(coordinates, 8, tiny_config(parallel=parallel, model__vocab_size=64))
+    assert all(place == megatron for place, megatron in found)
+    assert len({place for place, _ in found}) == 8
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(0, 20), st.integers(1, 7))
+def test_blocks_are_cut_so_that_the_dearest_piece_is_cheapest(
+    costs: list[int], head: int, pieces: int
+) -> None:
+    pieces = min(pieces, len(costs))
+
+    def dearest(cuts: tuple[int, ...]) -> int:
+        ends = [0, *cuts, len(costs)]
+        sums = [sum(costs[a:b]) for a, b in itertools.pairwise(ends)]
+        return max([*sums[:-1], sums[-1] + head])
+
+    found = split_blocks(costs, head, pieces)
+    assert [i for piece in found for i in piece] == list(range(len(costs)))
+    assert all(found) and len(found) == pieces
+    all_cuts = itertools.combinations(range(1, len(costs)), pieces - 1)
+    best = min(dearest(cuts) for cuts in all_cuts)
+    assert dearest(tuple(piece.start for piece in found[1:])) == best
+
+
+def test_a_fragment_of_a_shard_fills_boxes_of_the_whole() -> None:
+    whole = np.arange(6 * 8).reshape(6, 8)
+    shard = Shard("w", (6, 8), dim=1, index=1, parts=2)
+    local = np.ascontiguousarray(whole[:, 4:]).reshape(-1)
+    fragment = Fragment(shard, 5, 14, {})
+    cut = [
+        whole[tuple(slice(o, o + n) for o, n in zip(*box, strict=True))].reshape(-1)
+        for box in fragment.boxes()
+    ]
+    assert np.concatenate(cut).tolist() == local[5:19].tolist()
+
+
+def test_a_layout_says_what_it_is() -> None:
+    config = tiny_config(
+        parallel={"tensor": 2, "sequence": True, "pipeline": 2}, model__vocab_size=64
+    )
+    layout = plan_layout(config, 8)
+    assert isinstance(layout, Layout) and not layout.whole
+    assert layout.describe() == "TP 2 + SP, PP 2, CP 1, DP 2, ZeRO-1"
