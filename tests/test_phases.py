@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.test_step import start
+from tests.parallel.through_zero import start
 from tests.parallel.tiny import micro_batches, tiny_config
 from tests.worlds import run_world
 from titans_pretrain import phases

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parallel.test_step import start
+from tests.parallel.through_zero import start
 from tests.parallel.tiny import micro_batches, tiny_config
 from tests.prepared import small_dataset, small_run, write_config
 from tests.worlds import run_world

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.live_bytes import LiveBytes
-from tests.parallel.test_step import pieces, start
+from tests.parallel.through_zero import start
 from tests.parallel.tiny import micro_batches, tiny_config
 from tests.worlds import run_world
 from titans_pretrain.config import CheckpointConfig, RunConfig
@@ -34,7 +34,8 @@ def rng() -> dict[str, torch.Tensor]:
 
 
 def owned(step: TrainStep) -> list[Any]:
-    return [pieces(step.optimizer.fragments(), k) for k in KINDS]
+    fragments = step.optimizer.fragments()
+    return [{f.name: (f.start, f.tensors[k].clone()) for f in fragments} for k in KINDS]
 
 
 def train_save_train(config: RunConfig, folder: Path, first: int, more: int) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.parallel.test_step import start
+from tests.parallel.through_zero import start
 from tests.parallel.tiny import micro_batches, tiny_config
 from tests.worlds import run_world
 
