@@ -279,6 +279,8 @@ class ZeroOptimizer:
         if self.stage < 3:
             optimizer.update_lp_params()
             return
+        # As its step does: what was gathered is given up, changed, gathered again.
+        optimizer._partition_all_parameters()
         for group in range(len(self._flats)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         if optimizer.persistent_parameters:
