@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.prepared import ROOT, short_text
+from titans_pretrain.parallel import legal
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROGRAMS = (
@@ -53,6 +54,7 @@ RUN = {
     "train CONFIG profile.steps": f"{SMALL_MODEL} folder=runs/profile {OWN_DATA} train.steps=6",
     "train CONFIG --ranks": f"{SMALL_MODEL} folder=runs/ranks {OWN_DATA} --ranks 2",
     "titans-pretrain inspect": "",
+    "titans-pretrain verify": "",
     "titans-pretrain compare": "--help",  # its own test runs a small one
     "titans-pretrain plot": "",
     "titans-pretrain generate": "--tokens 4",
@@ -195,3 +197,7 @@ def test_options_named_alone_exist():
     usage = "titans-pretrain --help; titans-pretrain train --help; titans-pretrain compare --help"
     usage = shell(usage, ROOT).stdout
     assert options(README) - {"--index-url"} <= set(re.findall(r"--[a-z-]+", usage))  # pip's
+
+
+def test_the_table_of_legal_layouts_is_that_of_the_rules():
+    assert legal.table() in README

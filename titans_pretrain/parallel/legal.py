@@ -303,3 +303,9 @@ RULES = (
         _rounds_of_stages,
     ),
 )
+
+
+def table() -> str:
+    """The rules in Markdown."""
+    lines = ["| a legal layout | because |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {rule.rule} | {rule.why} |" for rule in RULES)])
