@@ -120,9 +120,12 @@ def test_a_config_tells_its_size_work_and_layouts():
     assert "  2 steps of 524,288 tokens: 1,048,576 in all, pads included\n" in told
     assert re.search(r"^ +1  no: parallel.tensor=4, 1 ranks; use a multiple of 4", told, re.M)
     assert [
-        tuple(map(int, row)) for row in re.findall(r"^ +(\d+) +(\d+) x (\d+) +(\d+)$", told, re.M)
-    ] == [(8, 2, 4, 64), (64, 16, 4, 8), (512, 128, 4, 1)]
-    assert "not yet: parallel.tensor=4" in told
+        tuple(map(int, row))
+        for row in re.findall(
+            r"^ +(\d+) +(\d+) +TP (\d), PP 1, CP 1, DP (\d+), ZeRO-1$", told, re.M
+        )
+    ] == [(8, 64, 4, 2), (64, 8, 4, 16), (512, 1, 4, 128)]
+
     resolved = told.split("\nresolved\n")[1]
     assert "  steps: 2\n" in resolved and "  clip: 1.0\n" in resolved
 

@@ -247,7 +247,7 @@ def _plot(args: argparse.Namespace) -> int:
         config = load_config(RunFolder(args.folder).config)
         fitted = fit_baselines(
             config.data,
-            align=config.alignment,
+            align=config.model.alignment,
             rows=config.validation.rows,
             samples=sum(map(config.train.rows, range(1, config.train.steps + 1))),
         )

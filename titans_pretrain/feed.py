@@ -20,7 +20,7 @@ def open_stream(config: RunConfig, world: World) -> Stream:
         config.data,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
-        align=config.alignment,
+        align=config.model.alignment,
         dp_rank=world.place.data,
         dp_size=world.layout.data_parallel,
         vocab_size=config.model.vocab_size,

@@ -249,7 +249,7 @@ def validate(
             manifest,
             config.data,
             micro_batch=config.train.micro_batch,
-            align=config.alignment,
+            align=config.model.alignment,
             rows=config.validation.rows,
             dp_rank=world.place.data,
             dp_size=world.layout.data_parallel,

@@ -243,7 +243,7 @@ def rows_of(config: RunConfig, world: World, made: bool) -> tuple[RunConfig, Row
             config.data,
             global_batch=config.train.global_batch,
             micro_batch=config.train.micro_batch,
-            align=config.alignment,
+            align=config.model.alignment,
             vocab_size=config.model.vocab_size,
             rows=config.train.rows,
         )

@@ -144,13 +144,6 @@ def test_each_rule_has_a_layout_that_breaks_it() -> None:
         assert value in caught.value.value and remedy in caught.value.remedy, rule.rule
 
 
-def test_context_ranks_do_not_cut_a_mac_s_segments() -> None:
-    mac = {"model__variant": "mac", "parallel": {"context": 2}, "data__sequence_length": 64}
-    with pytest.raises(ConfigError, match=r"model.segment=16(.|\n)*data.align=16"):
-        plan_layout(tiny_config(**mac), 2)
-    assert plan_layout(tiny_config(**mac, data__align=16), 2).context == 2
-
-
 def test_a_layout_is_refused_before_any_process_group() -> None:
     from titans_pretrain.train import run_training
 

@@ -74,7 +74,7 @@ def micro_batches(config: RunConfig, step: int, rank: int, ranks: int) -> list[B
     total, micro = config.train.global_batch, config.train.micro_batch
     per_rank = total // ranks
     first = step * total + rank * per_rank
-    shape = (config.alignment, config.data.sequence_length)
+    shape = (config.model.memory.chunk, config.data.sequence_length)
     samples = [list(range(i, i + micro)) for i in range(first, first + per_rank, micro)]
     return [batch_of(some, *shape) for some in samples]
 

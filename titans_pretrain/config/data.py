@@ -71,8 +71,6 @@ class DataConfig(Section):
     sources: dict[str, SourceConfig] = Field(min_length=1, max_length=256)
     # Sets that validation reads; default: the validation split of each source, under its name.
     validation: dict[str, SetConfig] = Field(default={}, max_length=256)
-    # Each packed document is padded to a multiple of so many tokens. Default: what the model needs.
-    align: Positive | None = None
     sequence_length: Positive = 4096
     seed: int = 0
     workers: NonNegative = 1  # loader processes of each rank

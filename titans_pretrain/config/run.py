@@ -164,19 +164,9 @@ class RunConfig(Section):
     profile: ProfileConfig = ProfileConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
 
-    @property
-    def alignment(self) -> int:
-        """Each packed document is padded to a multiple of so many tokens."""
-        return self.data.align or self.model.alignment
-
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
-        t, align = self.data.sequence_length, self.alignment
-        if align % self.model.alignment:
-            raise ValueError(
-                f"data.align={align}, model.memory.chunk={self.model.alignment}; documents are "
-                "padded to whole chunks; use a multiple of the chunk"
-            )
+        t, align = self.data.sequence_length, self.model.alignment
         if t % align:
             raise ValueError(
                 f"data.sequence_length={t}, model.memory.chunk={align}; a row must be a whole "

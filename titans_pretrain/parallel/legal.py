@@ -168,20 +168,13 @@ def _copies(a: Asked) -> Refused | None:
 
 
 def _context_splits(a: Asked) -> Refused | None:
-    context, align = a.parallel.context, a.config.alignment
+    context, align = a.parallel.context, a.config.model.alignment
     length = a.config.data.sequence_length
-    if context > 1 and a.config.model.variant == "mac" and align % a.config.model.segment:
-        segment = a.config.model.segment
-        return (
-            f"model.variant=mac, model.segment={segment}, parallel.context={context}, documents "
-            f"padded to {align}",
-            f"set data.align={segment}: it changes the rows, in every layout alike",
-        )
     if context == 1 or length % (context * align) == 0:
         return None
     unit = context * align
     return (
-        f"data.sequence_length={length}, parallel.context={context}, documents padded to {align}",
+        f"data.sequence_length={length}, parallel.context={context}, model.memory.chunk={align}",
         f"use data.sequence_length={max(1, round(length / unit)) * unit}",
     )
 
@@ -283,8 +276,8 @@ RULES = (
         _copies,
     ),
     Rule(
-        "context x alignment divides the sequence length; a MAC's documents are padded to segments",
-        "each context rank holds whole chunks, and whole segments of a MAC",
+        "context x memory.chunk divides the sequence length",
+        "each context rank holds whole chunks",
         _context_splits,
     ),
     Rule(
