@@ -101,6 +101,8 @@ class CheckpointConfig(Section):
     keep_last: Positive = 2
     keep_best: bool = True  # by validation loss
     keep_every: NonNegative = 0  # steps; keep each n-th for good
+    # async: training waits for a copy into host memory, the rest is done behind it; the same files.
+    mode: Literal["async", "sync"] = "async"
 
 
 class SampleConfig(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -31,11 +31,17 @@ class World:
     device: torch.device
     threads: int
     layout: Layout
+    group: Any = None  # the process group of these collectives; None: that of training
 
     @property
     def place(self) -> Place:
         """This rank's coordinates."""
         return self.layout.place(self.rank)
+
+    def apart(self) -> World:
+        """Collective. The same ranks on a process group of their own (gloo), whose collectives may
+        go on in another thread beside those of training."""
+        return replace(self, device=torch.device("cpu"), group=dist.new_group(backend="gloo"))
 
     @property
     def host(self) -> str:
@@ -50,13 +56,13 @@ class World:
 
     def _reduce(self, values: list[float], op: Any) -> list[float]:
         t = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(t, op=op)
+        dist.all_reduce(t, op=op, group=self.group)
         return t.tolist()
 
     def gather_objects(self, item: Any) -> list[Any]:
         """Every rank's `item`, on every rank (trusted peers: this pickles)."""
         items: list[Any] = [None] * self.size
-        dist.all_gather_object(items, item)
+        dist.all_gather_object(items, item, group=self.group)
         return items
 
     def gather_by_data(self, item: Any) -> list[Any]:
@@ -68,7 +74,7 @@ class World:
     def broadcast_object(self, item: Any) -> Any:
         """Rank 0's `item` on every rank."""
         box = [item]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def agree(self, act: Callable[[], T]) -> T:
@@ -99,7 +105,7 @@ class World:
         return self.broadcast_object(result)
 
     def barrier(self) -> None:
-        dist.barrier()
+        dist.barrier(group=self.group)
 
     def shut_down(self) -> None:
         parallel_state.destroy_model_parallel()

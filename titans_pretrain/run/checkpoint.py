@@ -58,6 +58,10 @@ def list_steps(checkpoints: Path) -> list[int]:
     return sorted(int(n[5:]) for n in names)
 
 
+def _nothing() -> None:
+    return None
+
+
 def save(
     checkpoints: Path,
     state: dict[str, Any],
@@ -65,6 +69,7 @@ def save(
     tensors: dict[str, torch.Tensor],
     world: World,
     still_mine: Callable[[], None],
+    go_on: Callable[[], None] = _nothing,
 ) -> Path:
     """Collective. Saves a checkpoint of `state["step"]`; earlier ones stay until it is complete.
 
@@ -73,6 +78,7 @@ def save(
         fragments: what this rank owns of weights and moments.
         tensors: replicated tensors, e.g. the random-number state.
         still_mine: raises if a newer life has taken the run folder.
+        go_on: called before each piece of a tensor is written; raises OSError to end it.
     Raises:
         NodeError on every rank, if any rank could not write.
     """
@@ -86,7 +92,7 @@ def save(
 
     def write_tensors() -> dict[str, str]:
         try:
-            dcp.save_tensors(aside, fragments, tensors)
+            dcp.save_tensors(aside, fragments, tensors, world.group, go_on)
         except CheckpointException as e:
             raise OSError(_first_cause(e)) from e
         return {p.name: _sha256(p) for p in aside.glob(f"__{world.rank}_*")}
