@@ -94,7 +94,7 @@ def save(
         try:
             dcp.save_tensors(aside, fragments, tensors, world.group, go_on)
         except CheckpointException as e:
-            raise OSError(_first_cause(e)) from e
+            raise _not_written(_first_cause(e)) from e
         return {p.name: _sha256(p) for p in aside.glob(f"__{world.rank}_*")}
 
     def publish() -> None:
@@ -129,14 +129,17 @@ def _told(act: Callable[[], Any], world: World) -> Callable[[], Any]:
         try:
             return act()
         except OSError as e:
-            raise NodeError(
-                f"checkpoint not written: rank {world.rank}: {e}",
-                "every rank writes its part of a checkpoint, else none counts",
-                "free disk space or mend the folder, then start again: earlier checkpoints are "
-                "untouched",
-            ) from e
+            raise _not_written(f"rank {world.rank}: {e}") from e
 
     return run
+
+
+def _not_written(why: str) -> NodeError:
+    return NodeError(
+        f"checkpoint not written: {why}",
+        "every rank writes its part of a checkpoint, else none counts",
+        "free disk space or mend the folder, then start again: earlier checkpoints are untouched",
+    )
 
 
 def _first_cause(e: CheckpointException) -> str:
