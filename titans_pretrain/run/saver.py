@@ -50,11 +50,11 @@ class Saved:
 
     def __str__(self) -> str:
         if not self.behind:
-            return f"{self.path} in {self.stalled:.1f} s"
+            return f"`{self.path}` in {self.stalled:.1f} s"
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self.complete))
         return (
-            f"{self.path} complete at {when}, {self.behind:.1f} s behind the training, which stood "
-            f"still for {self.stalled:.2f} s"
+            f"`{self.path}` complete at {when}, {self.behind:.1f} s behind the training, which "
+            f"stood still for {self.stalled:.2f} s"
         )
 
 
@@ -165,7 +165,7 @@ class Saver:
         if alone or not isinstance(error, TitansError):
             self._given_up.set()
             job.join(PATIENCE)
-            log.warning("left before the checkpoint of step %d was complete", job.step)
+            log.warning("the checkpoint of step %d was given up: this rank leaves alone", job.step)
             return
         job.join()
         if job.saved is not None:
