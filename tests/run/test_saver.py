@@ -24,7 +24,7 @@ from tests.parallel.tiny import tiny_config
 from tests.worlds import run_world
 from titans_pretrain.config import CheckpointConfig
 from titans_pretrain.errors import ConfigError, DivergedError, NodeError, TitansError
-from titans_pretrain.parallel.layout import Fragment
+from titans_pretrain.parallel.layout import Fragment, Shard
 from titans_pretrain.parallel.world import World, start_world
 from titans_pretrain.run import checkpoint, saver
 from titans_pretrain.run.saver import Saved, Saver
@@ -45,7 +45,7 @@ def owned(world: World) -> tuple[dict[str, torch.Tensor], list[Fragment]]:
         start, stop = max(first, at), min(last, at + size)
         if start < stop:
             tensors = {k: flat.narrow(0, start - first, stop - start) for k, flat in flats.items()}
-            fragments.append(Fragment(name, shape, start - at, stop - start, tensors))
+            fragments.append(Fragment(Shard(name, shape), start - at, stop - start, tensors))
         at += size
     return flats, fragments
 
@@ -363,11 +363,12 @@ import sys, time
 from pathlib import Path
 import torch
 from tests.run.test_saver import Started
-from titans_pretrain.parallel.layout import Fragment
+from titans_pretrain.parallel.layout import Fragment, Shard
 folder = Path(sys.argv[1])
 run = Started(folder)
 flat = torch.randn(3000, 2000)  # a second of writing in many pieces
-run.fragments = [Fragment(f"p{i}", (2000,), 0, 2000, {"weight": t}) for i, t in enumerate(flat)]
+shards = [Shard(f"p{i}", (2000,)) for i in range(3000)]
+run.fragments = [Fragment(s, 0, 2000, {"weight": t}) for s, t in zip(shards, flat)]
 with run.saver:
     run.save(1)
     while not list(folder.glob(".writing*/*.distcp")):
@@ -424,7 +425,8 @@ def large(world: World) -> tuple[dict[str, torch.Tensor], list[Fragment]]:
     flats = {k: torch.randn(share * PIECE) for k in KINDS}
     fragments = [
         Fragment(
-            *(f"p{world.rank * share + i}", (PIECE,), 0, PIECE),
+            Shard(f"p{world.rank * share + i}", (PIECE,)),
+            *(0, PIECE),
             {k: flat.narrow(0, i * PIECE, PIECE) for k, flat in flats.items()},
         )
         for i in range(share)

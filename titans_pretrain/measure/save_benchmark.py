@@ -26,7 +26,7 @@ from titans_pretrain.measure.failing import Failing
 from titans_pretrain.measure.made import made_batches
 from titans_pretrain.measure.step_benchmark import VOCABULARY, for_benchmark, write_json
 from titans_pretrain.parallel.layout import plan_layout, require_built
-from titans_pretrain.parallel.world import start_world
+from titans_pretrain.parallel.world import start_world, world_size
 from titans_pretrain.run.saver import Saved, Saver
 from titans_pretrain.step import TrainStep
 
@@ -63,14 +63,15 @@ def measure(config: RunConfig, saves: int, folder: Path | None = None) -> dict[s
     """Saves and trains on this rank; medians in seconds, plain values for JSON. Collective."""
     require_built(config)
     with contextlib.ExitStack() as leaving, Failing(config) as failing:
-        world = failing.joined(start_world(config.train))
+        layout = plan_layout(config, world_size())
+        world = failing.joined(start_world(config.train, layout))
         leaving.callback(world.shut_down)
         model = config.model
         vocabulary = {"vocab_size": model.vocab_size or VOCABULARY}
         config = config.model_copy(update={"model": model.model_copy(update=vocabulary)})
         config = failing.config = for_benchmark(config, 1)
-        step = failing.step = TrainStep(config, plan_layout(config, world.size), world)
-        batches = made_batches(config, 1, world.rank, world.size)
+        step = failing.step = TrainStep(config, layout, world)
+        batches = made_batches(config, 1, world.place.data, layout.data_parallel)
 
         def scratch() -> str:
             try:
@@ -120,7 +121,7 @@ def measure(config: RunConfig, saves: int, folder: Path | None = None) -> dict[s
                 writing = bool(world.max([float(len(told["async"]) == turn)])[0])
                 world.raise_any(savers["async"].poll())
         fragments = step.optimizer.fragments()
-        size = sum(t.nbytes for f in fragments for t in f.tensors.values())
+        size = sum(t.nbytes for f in fragments if f.first for t in f.tensors.values())
         return {
             "ranks": world.size,
             "bytes": int(world.sum([float(size)])[0]),

@@ -58,10 +58,6 @@ def list_steps(checkpoints: Path) -> list[int]:
     return sorted(int(n[5:]) for n in names)
 
 
-def _nothing() -> None:
-    return None
-
-
 def save(
     checkpoints: Path,
     state: dict[str, Any],
@@ -69,7 +65,7 @@ def save(
     tensors: dict[str, torch.Tensor],
     world: World,
     still_mine: Callable[[], None],
-    go_on: Callable[[], None] = _nothing,
+    go_on: Callable[[], None] = lambda: None,
 ) -> Path:
     """Collective. Saves a checkpoint of `state["step"]`; earlier ones stay until it is complete.
 

@@ -211,8 +211,8 @@ def save_tensors(
     folder: Path,
     fragments: Sequence[Fragment],
     tensors: dict[str, torch.Tensor],
-    group: Any,
-    go_on: Callable[[], None],
+    group: Any = None,
+    go_on: Callable[[], None] = lambda: None,
 ) -> None:
     """Collective. Writes this rank's fragments, and once the replicated `tensors`, fsynced.
 

@@ -176,7 +176,9 @@ class Saver:
     def _copy(
         self, fragments: Sequence[Fragment], tensors: dict[str, torch.Tensor]
     ) -> tuple[list[Fragment], dict[str, torch.Tensor]]:
-        """The same in host memory (that of the last save), where training does not change it."""
+        """What of it is saved, in host memory (that of the last save), where training does not
+        change it."""
+        fragments = [fragment for fragment in fragments if fragment.first]
         ours = {"owned": [fragment.tensors for fragment in fragments], "tensors": tensors}
         host = cast(dict[str, Any], self._stager.stage(ours))
         owned = [replace(f, tensors=copied) for f, copied in zip(fragments, host["owned"])]
