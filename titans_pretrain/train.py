@@ -76,8 +76,11 @@ def run_training(
         announce(config, world, step, stream, at, home, watch, init_from)
         saver = leaving.enter_context(
             Saver(
-                *(home.folder.checkpoints, config.checkpoint, world),
-                *(home.require_mine, watch.saved),
+                home.folder.checkpoints,
+                config.checkpoint,
+                world,
+                still_mine=home.require_mine,
+                told=watch.saved,
             )
         )
 
@@ -110,12 +113,9 @@ def run_training(
             if leave or timed or due(at.step, config.checkpoint.every_steps, 0):
                 at = replace(at, data=stream.complete(at.data, world.gather_by_data))
                 state = state_of(config, home, world, at)
-                with phase("checkpoint"):
-                    owned = step.optimizer.fragments()
-                    watch.stalled += saver.save(state, owned, random_state())
+                watch.stalled += saver.save(state, step.optimizer.fragments(), random_state())
                 saved_time = time.monotonic()
-        with phase("checkpoint"):
-            saver.wait()
+        saver.wait()
         if at.step < config.train.steps:
             reason = stop.reason or ("another rank's request" if stopping else "--stop-after")
             log.info("saved at step %d on request (%s); to be continued", at.step, reason)

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from tests.live_bytes import LiveBytes
-from tests.parallel.test_step import pieces, start
+from tests.parallel.through_zero import start
 from tests.parallel.tiny import micro_batches, tiny_config
 from tests.worlds import run_world
 from titans_pretrain.config import CheckpointConfig, RunConfig
 from titans_pretrain.errors import ConfigError, DataError, NodeError
 from titans_pretrain.model.titans import TitansLM
+from titans_pretrain.parallel.layout import Fragment
 from titans_pretrain.parallel.world import World
 from titans_pretrain.run import checkpoint, dcp
 from titans_pretrain.run.saver import Saver
@@ -33,6 +34,10 @@ def state_of(config: RunConfig, step: int, **more: Any) -> dict[str, Any]:
 
 def rng() -> dict[str, torch.Tensor]:
     return {"rng/cpu": torch.get_rng_state()}
+
+
+def pieces(fragments: list[Fragment], key: str) -> dict[str, tuple[int, torch.Tensor]]:
+    return {f.name: (f.start, f.tensors[key].clone()) for f in fragments}
 
 
 def owned(step: TrainStep) -> list[Any]:

@@ -25,7 +25,7 @@ from titans_pretrain.launch.local import launch
 from titans_pretrain.measure.failing import Failing
 from titans_pretrain.measure.made import made_batches
 from titans_pretrain.measure.step_benchmark import VOCABULARY, for_benchmark, write_json
-from titans_pretrain.parallel.layout import plan_layout, require_built
+from titans_pretrain.parallel.layout import plan_layout
 from titans_pretrain.parallel.world import start_world, world_size
 from titans_pretrain.run.saver import Saved, Saver
 from titans_pretrain.step import TrainStep
@@ -61,7 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(config: RunConfig, saves: int, folder: Path | None = None) -> dict[str, Any]:
     """Saves and trains on this rank; medians in seconds, plain values for JSON. Collective."""
-    require_built(config)
     with contextlib.ExitStack() as leaving, Failing(config) as failing:
         layout = plan_layout(config, world_size())
         world = failing.joined(start_world(config.train, layout))

@@ -31,6 +31,7 @@ class World:
     device: torch.device
     threads: int
     layout: Layout
+    timeout_s: float = 1800.0  # of a collective
     group: Any = None  # the process group of these collectives; None: that of training
 
     @property
@@ -41,7 +42,8 @@ class World:
     def apart(self) -> World:
         """Collective. The same ranks on a process group of their own (gloo), whose collectives may
         go on in another thread beside those of training."""
-        return replace(self, device=torch.device("cpu"), group=dist.new_group(backend="gloo"))
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
+        return replace(self, device=torch.device("cpu"), group=group)
 
     @property
     def host(self) -> str:
@@ -194,4 +196,4 @@ def start_world(train: TrainConfig, layout: Layout | None = None, timeout_s: flo
         interleave if interleave > 1 else None,
         context_parallel_size=layout.context,
     )
-    return World(rank, size, local_rank, local_size, device, threads, layout)
+    return World(rank, size, local_rank, local_size, device, threads, layout, timeout_s)

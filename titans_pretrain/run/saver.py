@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from titans_pretrain.errors import LostPeerError, NodeError, OutOfMemoryError, TitansError
 from titans_pretrain.parallel.layout import Fragment
+from titans_pretrain.phases import phase
 from titans_pretrain.run import checkpoint
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ class Saver:
         self._given_up = threading.Event()
         self._late = False  # it has been said that saves take longer than the time between them
 
+    @phase("checkpoint")
     def save(
         self, state: dict[str, Any], fragments: Sequence[Fragment], tensors: dict[str, torch.Tensor]
     ) -> float:
@@ -146,6 +148,7 @@ class Saver:
         trouble, self._trouble = failed or self._trouble, None
         return trouble
 
+    @phase("checkpoint")
     def wait(self) -> None:
         """Collective. Returns once no save is in flight; raises what any has met, on every rank."""
         if self._job is not None:
@@ -167,7 +170,8 @@ class Saver:
             job.join(PATIENCE)
             log.warning("the checkpoint of step %d was given up: this rank leaves alone", job.step)
             return
-        job.join()
+        with phase("checkpoint"):
+            job.join()
         if job.saved is not None:
             self._finish(job)
         else:
