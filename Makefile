@@ -67,6 +67,7 @@ bench: environment
 	$(BIN)/titans-pretrain bench memory $(ARGS)
 	$(BIN)/titans-pretrain bench data $(ARGS)
 	$(BIN)/titans-pretrain bench step configs/demo.yaml
+	$(BIN)/titans-pretrain bench save configs/demo.yaml
 
 # TensorBoard on all runs beside RUN; opens best at /#custom_scalars. Keeps every picture and text.
 board: environment

@@ -153,7 +153,10 @@ def test_texts_tell_what_runs_and_what_happened(run: tuple[RunConfig, RunFolder]
     assert [step for step, _ in starts] == [0, 4]
     assert starts[0][1].startswith("life 1 from scratch")
     assert re.search(r"life 2 from `.*step-00000003`. life 1 on .* ended in order", starts[1][1])
-    assert [step for step, _ in texts(folder, "events/checkpoint")] == [3, 6, 8]
+    saves = texts(folder, "events/checkpoint")
+    assert [step for step, _ in saves] == [3, 6, 8]
+    for step, text in saves:
+        assert f"step-{step:08d}` complete at 20" in text and "s behind the training" in text
     assert texts(folder, "events/stop") == [], "of a step that was done again"
     config = texts(folder, "run/config")[-1][1]
     assert "        chunk: 16\n" in config and "    folder: " in config

@@ -32,6 +32,7 @@ _BENCHMARKS = {
     "memory": "titans_pretrain.memory.benchmark",
     "data": "titans_pretrain.data.benchmark",
     "step": "titans_pretrain.measure.step_benchmark",
+    "save": "titans_pretrain.measure.save_benchmark",
 }
 
 
@@ -123,7 +124,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--sequence-length", type=int, metavar="T", help="also how rows of T tokens are filled"
     )
     inspect.set_defaults(run=_inspect)
-    bench = commands.add_parser("bench", help="measure the memory, the data stream or a step")
+    bench = commands.add_parser("bench", help="measure the memory, the data, a step or a save")
     bench.add_argument("what", choices=sorted(_BENCHMARKS))
     bench.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on; try --help")
     bench.set_defaults(run=_bench)

@@ -69,3 +69,7 @@ class HangError(TitansError):
     """No progress for longer than the watchdog allows, or a rank that is not heard of."""
 
     exit_code = EXIT_HANG
+
+
+class LostPeerError(NodeError):
+    """Another rank is gone: this one leaves alone."""

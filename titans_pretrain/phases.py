@@ -22,7 +22,7 @@ benchmark of a step. While nobody listens a phase costs less than a microsecond,
 | gather         | the updated weights, from the ranks that own them                 |
 | watch          | records, console, TensorBoard                                     |
 | validation     | its forwards are inside                                           |
-| checkpoint     | writing one                                                       |
+| checkpoint     | the copy for one, or its writing where training waits for that    |
 """
 
 from __future__ import annotations

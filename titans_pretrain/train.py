@@ -21,7 +21,7 @@ from titans_pretrain.data.sources import validation_sets
 from titans_pretrain.data.streaming import Stream
 from titans_pretrain.data.validation import validation_batches
 from titans_pretrain.describe import describe_run
-from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED, NodeError
+from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED, TitansError
 from titans_pretrain.feed import fetch, open_stream, with_vocabulary
 from titans_pretrain.measure.failing import Failing
 from titans_pretrain.measure.profile import Profile, check_profile
@@ -32,6 +32,7 @@ from titans_pretrain.run import checkpoint
 from titans_pretrain.run.console import open_log
 from titans_pretrain.run.folder import RunFolder
 from titans_pretrain.run.lock import newest_claim
+from titans_pretrain.run.saver import Saver
 from titans_pretrain.run.signals import stop_request
 from titans_pretrain.run.watchdog import Watchdog
 from titans_pretrain.step import Progressed, TrainStep
@@ -73,6 +74,15 @@ def run_training(
         where = (at.step, at.tokens, stream.progress)
         watch = world.agree(lambda: Watch(config, home.folder, world, leaving, sets, *where))
         announce(config, world, step, stream, at, home, watch, init_from)
+        saver = leaving.enter_context(
+            Saver(
+                home.folder.checkpoints,
+                config.checkpoint,
+                world,
+                still_mine=home.require_mine,
+                told=watch.saved,
+            )
+        )
 
         last = min(config.train.steps, at.step + stop_after if stop_after else math.inf)
         profile = Profile(config, home.folder.path, world, step.stages, at.step + 1, int(last))
@@ -97,13 +107,15 @@ def run_training(
             minutes = (time.monotonic() - saved_time) / 60
             timed = config.checkpoint.every_minutes and minutes >= config.checkpoint.every_minutes
             with phase("watch"):
-                trouble = watch.record(at, report, took, waited, step.whole_model)
+                trouble = watch.record(at, report, took, waited, step.whole_model) or saver.poll()
             stopping, timed = agree_to_go_on(world, trouble, stop.requested, bool(timed))
             leave = stopping or at.step >= last
             if leave or timed or due(at.step, config.checkpoint.every_steps, 0):
                 at = replace(at, data=stream.complete(at.data, world.gather_by_data))
-                save(config, home, world, step, at, watch)
+                state = state_of(config, home, world, at)
+                watch.stalled += saver.save(state, step.optimizer.fragments(), random_state())
                 saved_time = time.monotonic()
+        saver.wait()
         if at.step < config.train.steps:
             reason = stop.reason or ("another rank's request" if stopping else "--stop-after")
             log.info("saved at step %d on request (%s); to be continued", at.step, reason)
@@ -227,9 +239,9 @@ def versions() -> dict[str, str]:
 
 
 def agree_to_go_on(
-    world: World, trouble: NodeError | None, stop: bool, timed: bool
+    world: World, trouble: TitansError | None, stop: bool, timed: bool
 ) -> tuple[bool, bool]:
-    """(stop, save) as all ranks see it; raises rank 0's trouble on every rank."""
+    """(stop, save) as all ranks see it; raises on every rank what trouble any has met."""
     troubled, stop_any, timed_first = world.max(
         [float(trouble is not None), float(stop), float(timed and world.rank == 0)]
     )
@@ -263,18 +275,9 @@ def validate(
     return sum(loss * count for loss, count in by_set.values()) / max(1, labels), losses
 
 
-@phase("checkpoint")
-def save(
-    config: RunConfig,
-    home: Home,
-    world: World,
-    step: TrainStep,
-    at: Progressed,
-    watch: Watch,
-) -> None:
-    """Writes a checkpoint of `at`, then removes those that the retention does not name."""
-    began = time.perf_counter()
-    state = {
+def state_of(config: RunConfig, home: Home, world: World, at: Progressed) -> dict[str, Any]:
+    """What a checkpoint of `at` holds beside tensors."""
+    return {
         "step": at.step,
         "tokens": at.tokens,
         "life": home.life,
@@ -286,19 +289,6 @@ def save(
         "threads": world.threads,
         "time": time.time(),
     }
-    path = checkpoint.save(
-        home.folder.checkpoints,
-        state,
-        step.optimizer.fragments(),
-        random_state(),
-        world,
-        home.require_mine,
-    )
-    if world.rank == 0:
-        checkpoint.prune(home.folder.checkpoints, config.checkpoint, at.step)
-    seconds = time.perf_counter() - began
-    world.agree(lambda: watch.saved(at.step, path, seconds))
-    log.info("checkpoint %s in %.1f s", path, seconds)
 
 
 def announce(

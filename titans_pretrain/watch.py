@@ -9,7 +9,6 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -28,6 +27,7 @@ from titans_pretrain.run.console import Progress
 from titans_pretrain.run.folder import RunFolder
 from titans_pretrain.run.lines import Lines
 from titans_pretrain.run.metrics import Metrics
+from titans_pretrain.run.saver import Saved
 from titans_pretrain.step import Progressed, StepReport
 
 logger = logging.getLogger("titans_pretrain.watch")
@@ -54,7 +54,8 @@ class Watch:
         progress: Callable[[dict[str, Any]], dict[str, float]],
     ) -> None:
         self.config, self.world, self._data_progress = config, world, progress
-        self.checkpoint_seconds = 0.0  # spent since the last record
+        self.stalled = 0.0  # seconds since the last record in which a save held training up
+        self._behind = 0.0  # seconds that checkpoints complete since then took behind training
         self._spent = 0.0  # seconds of watching since the last record
         self._recorded = start  # the last step with a record
         self._seen: Observation | None = None
@@ -87,10 +88,10 @@ class Watch:
             texts = {**texts, "events/start": how}
             self._metrics.introduce(board.layout(self.config), texts)
 
-    def saved(self, step: int, path: Path, seconds: float) -> None:
-        """A checkpoint has been written."""
-        self.checkpoint_seconds += seconds
-        self._event(step, "events/checkpoint", f"`{path}` in {seconds:.1f} s")
+    def saved(self, saved: Saved) -> None:
+        """A checkpoint is complete. Told at its own step, which a resumed run does not repeat."""
+        self._behind += saved.behind
+        self._event(saved.step, "events/checkpoint", str(saved))
 
     def stopping(self, step: int, reason: str) -> None:
         """The run leaves before its end."""
@@ -147,7 +148,8 @@ class Watch:
         last = step == self.config.train.steps
         if step % log.every == 0 or last or at.validation_loss is not None or self._seen:
             values = self._values(at, report, seconds, waited)
-            self.checkpoint_seconds, self._spent, self._recorded = 0.0, 0.0, step
+            self.stalled = self._behind = self._spent = 0.0
+            self._recorded = step
             metrics.write(step, at.tokens, values, images=self._pictures(at))
             self._seen = None
         if at.validation_loss is not None:
@@ -176,7 +178,8 @@ class Watch:
             "time/data_wait_s": waited,
             "time/forward_backward_s": report.seconds["forward_backward"],
             "time/optimizer_s": report.seconds["optimizer"],
-            "time/checkpoint_s": self.checkpoint_seconds,
+            "time/save_stall_s": self.stalled,
+            "time/save_behind_s": self._behind,
             # All that this class has done since the last record, and the memories' observation.
             "time/watch_s": self._spent / max(1, at.step - self._recorded),
             "machine/resident_gib": self._process.memory_info().rss / 2**30,

@@ -18,7 +18,10 @@ from tests.worlds import run_world
 from titans_pretrain.config import CheckpointConfig, RunConfig
 from titans_pretrain.errors import ConfigError, DataError, NodeError
 from titans_pretrain.model.titans import TitansLM
+from titans_pretrain.parallel.layout import Fragment
+from titans_pretrain.parallel.world import World
 from titans_pretrain.run import checkpoint, dcp
+from titans_pretrain.run.saver import Saver
 from titans_pretrain.step import TrainStep
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -31,6 +34,10 @@ def state_of(config: RunConfig, step: int, **more: Any) -> dict[str, Any]:
 
 def rng() -> dict[str, torch.Tensor]:
     return {"rng/cpu": torch.get_rng_state()}
+
+
+def pieces(fragments: list[Fragment], key: str) -> dict[str, tuple[int, torch.Tensor]]:
+    return {f.name: (f.start, f.tensors[key].clone()) for f in fragments}
 
 
 def owned(step: TrainStep) -> list[Any]:
@@ -342,9 +349,24 @@ def counted(config: RunConfig, folder: Path) -> Any:
     assert found is not None
     with LiveBytes() as loading:
         checkpoint.load(found, config.model.model_dump(), fragments, tensors)
+    copied = host_copy(folder, step, world)
     largest = max(4 * p.numel() for p in step.model.parameters())
     world.shut_down()
-    return own, saving.peak, loading.peak, largest, tensors["rng/cpu"].numel()
+    return own, saving.peak, loading.peak, largest, tensors["rng/cpu"].numel(), copied
+
+
+def host_copy(folder: Path, step: TrainStep, world: World) -> int:
+    """Bytes that an asynchronous save copies, each storage once; they are asserted to be equal."""
+    saver = Saver(folder, CheckpointConfig(), world, lambda: None, lambda saved: None)
+    fragments = step.optimizer.fragments()
+    copies, _ = saver._copy(fragments, {})
+    held = {}
+    for fragment, there in zip([f for f in fragments if f.first], copies, strict=True):
+        for kind, tensor in fragment.tensors.items():
+            assert torch.equal(there.tensors[kind], tensor)
+            storage = there.tensors[kind].untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+    return sum(held.values())
 
 
 def storages(step: TrainStep) -> list[torch.Tensor]:
@@ -359,13 +381,34 @@ def storages(step: TrainStep) -> list[torch.Tensor]:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_no_rank_holds_more_than_its_partition_and_one_tensor(ranks: int, tmp_path: Path) -> None:
     config = tiny_config(model__width=128, model__heads=4, model__mlp_width=512)
-    for own, saving, loading, largest, rng_bytes in run_world(counted, ranks, config, tmp_path):
+    for own, saving, loading, largest, rng_bytes, copied in run_world(
+        counted, ranks, config, tmp_path
+    ):
         total = 3 * 4 * sum(p.numel() for p in built(config).parameters())
         assert own == pytest.approx(total / ranks, rel=0.01), "the partition itself"
         # Beside the partition, which is there anyway: one piece of one tensor, and odds and ends.
         assert 0 < saving <= largest + rng_bytes + 4096
         assert 0 < loading <= largest + rng_bytes + 4096
         assert largest < total / 20, "or the bound would say nothing"
+        assert copied == own, "an asynchronous save keeps the partition once more"
+
+
+def copied_in(config: RunConfig, folder: Path) -> tuple[int, int]:
+    world, step = start(config)
+    fragments = step.optimizer.fragments()
+    copied = host_copy(folder, step, world)
+    saved = sum(t.nbytes for f in fragments if f.first for t in f.tensors.values())
+    world.shut_down()
+    return copied, saved
+
+
+@pytest.mark.parametrize("settings", [{"stage": 2, "offload": True}, {"stage": 3}], ids=str)
+def test_the_host_copy_is_what_is_saved_and_no_more(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = tiny_config(train__precision="bf16", parallel={"zero": settings})
+    for copied, saved in run_world(copied_in, 2, config, tmp_path):
+        assert copied == saved > 100_000
 
 
 def built(config: RunConfig) -> torch.nn.Module:

@@ -101,6 +101,8 @@ class CheckpointConfig(Section):
     keep_last: Positive = 2
     keep_best: bool = True  # by validation loss
     keep_every: NonNegative = 0  # steps; keep each n-th for good
+    # async: training waits for a copy into host memory, the rest is done behind it; the same files.
+    mode: Literal["async", "sync"] = "async"
 
 
 class SampleConfig(Section):
@@ -146,7 +148,7 @@ class WatchdogConfig(Section):
     step_minutes: Minutes = 10.0  # anywhere not listed below
     start_minutes: Minutes = 30.0  # until the first step is done: joining, building, loading
     data_minutes: Minutes = 30.0  # waiting for batches: a fetch that is tried again may take long
-    checkpoint_minutes: Minutes = 30.0  # writing one
+    checkpoint_minutes: Minutes = 30.0  # saving one, where training waits for it
     # A rank that gives no sign of life for so long, while this one makes no progress, is lost.
     silent_seconds: Annotated[float, Field(ge=0)] = 45.0
 

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from titans_pretrain.config import RunConfig
-from titans_pretrain.errors import NodeError, TitansError
+from titans_pretrain.errors import LostPeerError, TitansError
 from titans_pretrain.measure.out_of_memory import explain, is_out_of_memory
 from titans_pretrain.parallel.peers import Peers
 from titans_pretrain.parallel.world import World
@@ -67,7 +67,7 @@ class Failing:
     def _lost(self, error: RuntimeError) -> TitansError:
         logger.warning("lost another rank", exc_info=error)
         told = self._peers.failure(wait=2.0) if self._peers is not None else None
-        return told or NodeError(
+        return told or LostPeerError(
             f"lost another rank: {str(error).strip().splitlines()[0]}",
             "all ranks live as long as the run",
             "the first rank to fail says why (logs/); start again: the run goes on from its last "

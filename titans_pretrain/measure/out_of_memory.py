@@ -230,6 +230,12 @@ def _remedies(
             after = predicted(config.model_copy(update={"train": inner}), training)
         return int(now * factor) if after is None else after
 
+    if "checkpoint" in stack and config.checkpoint.mode == "async":
+        yield (
+            f"checkpoint.mode=sync: no copy in host memory ({size(optimizer)}); training waits for "
+            "the disk",
+            optimizer,
+        )
     if cuda and train.precision == "fp32":
         yield from _bf16(weights, now, changed, "faster where the device has bf16 units")
     if cuda and _can_share(config, 2 * ranks):

@@ -77,12 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if int(os.environ.get("RANK", 0)) == 0:
         print(table(figures))
         if args.json is not None:
-            try:
-                args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-            except OSError as e:
-                raise ConfigError(
-                    f"--json {args.json}: {e.strerror}", "the figures go there", "give another file"
-                ) from e
+            write_json(args.json, figures)
     return 0
 
 
@@ -135,6 +130,16 @@ def measure(config: RunConfig, steps: int, warm_up: int, synthetic: bool) -> dic
             "memory_bytes": memory,
             "collectives": collectives,
         }
+
+
+def write_json(path: Path, figures: dict[str, Any]) -> None:
+    """Writes a benchmark's figures. Raises ConfigError."""
+    try:
+        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(
+            f"--json {path}: {e.strerror}", "the figures go there", "give another file"
+        ) from e
 
 
 def for_benchmark(config: RunConfig, steps: int) -> RunConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -31,11 +31,19 @@ class World:
     device: torch.device
     threads: int
     layout: Layout
+    timeout_s: float = 1800.0  # of a collective
+    group: Any = None  # the process group of these collectives; None: that of training
 
     @property
     def place(self) -> Place:
         """This rank's coordinates."""
         return self.layout.place(self.rank)
+
+    def apart(self) -> World:
+        """Collective. The same ranks on a process group of their own (gloo), whose collectives may
+        go on in another thread beside those of training."""
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
+        return replace(self, device=torch.device("cpu"), group=group)
 
     @property
     def host(self) -> str:
@@ -50,13 +58,13 @@ class World:
 
     def _reduce(self, values: list[float], op: Any) -> list[float]:
         t = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(t, op=op)
+        dist.all_reduce(t, op=op, group=self.group)
         return t.tolist()
 
     def gather_objects(self, item: Any) -> list[Any]:
         """Every rank's `item`, on every rank (trusted peers: this pickles)."""
         items: list[Any] = [None] * self.size
-        dist.all_gather_object(items, item)
+        dist.all_gather_object(items, item, group=self.group)
         return items
 
     def gather_by_data(self, item: Any) -> list[Any]:
@@ -68,7 +76,7 @@ class World:
     def broadcast_object(self, item: Any) -> Any:
         """Rank 0's `item` on every rank."""
         box = [item]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def agree(self, act: Callable[[], T]) -> T:
@@ -99,7 +107,7 @@ class World:
         return self.broadcast_object(result)
 
     def barrier(self) -> None:
-        dist.barrier()
+        dist.barrier(group=self.group)
 
     def shut_down(self) -> None:
         parallel_state.destroy_model_parallel()
@@ -188,4 +196,4 @@ def start_world(train: TrainConfig, layout: Layout | None = None, timeout_s: flo
         interleave if interleave > 1 else None,
         context_parallel_size=layout.context,
     )
-    return World(rank, size, local_rank, local_size, device, threads, layout)
+    return World(rank, size, local_rank, local_size, device, threads, layout, timeout_s)

@@ -65,6 +65,7 @@ def save(
     tensors: dict[str, torch.Tensor],
     world: World,
     still_mine: Callable[[], None],
+    go_on: Callable[[], None] = lambda: None,
 ) -> Path:
     """Collective. Saves a checkpoint of `state["step"]`; earlier ones stay until it is complete.
 
@@ -73,6 +74,7 @@ def save(
         fragments: what this rank owns of weights and moments.
         tensors: replicated tensors, e.g. the random-number state.
         still_mine: raises if a newer life has taken the run folder.
+        go_on: called before each piece of a tensor is written; raises OSError to end it.
     Raises:
         NodeError on every rank, if any rank could not write.
     """
@@ -86,9 +88,9 @@ def save(
 
     def write_tensors() -> dict[str, str]:
         try:
-            dcp.save_tensors(aside, fragments, tensors)
+            dcp.save_tensors(aside, fragments, tensors, world.group, go_on)
         except CheckpointException as e:
-            raise OSError(_first_cause(e)) from e
+            raise _not_written(_first_cause(e)) from e
         return {p.name: _sha256(p) for p in aside.glob(f"__{world.rank}_*")}
 
     def publish() -> None:
@@ -123,14 +125,17 @@ def _told(act: Callable[[], Any], world: World) -> Callable[[], Any]:
         try:
             return act()
         except OSError as e:
-            raise NodeError(
-                f"checkpoint not written: rank {world.rank}: {e}",
-                "every rank writes its part of a checkpoint, else none counts",
-                "free disk space or mend the folder, then start again: earlier checkpoints are "
-                "untouched",
-            ) from e
+            raise _not_written(f"rank {world.rank}: {e}") from e
 
     return run
+
+
+def _not_written(why: str) -> NodeError:
+    return NodeError(
+        f"checkpoint not written: {why}",
+        "every rank writes its part of a checkpoint, else none counts",
+        "free disk space or mend the folder, then start again: earlier checkpoints are untouched",
+    )
 
 
 def _first_cause(e: CheckpointException) -> str:

@@ -14,7 +14,7 @@ import hashlib
 import io
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -85,7 +85,12 @@ def _find(state: dict[str, Any], index: MetadataIndex) -> torch.Tensor:
 
 
 class _SavePlanner(DefaultSavePlanner):
+    def __init__(self, go_on: Callable[[], None]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._go_on = go_on
+
     def lookup_object(self, index: MetadataIndex) -> Any:
+        self._go_on()
         return _find(self.state_dict, index)
 
 
@@ -203,13 +208,26 @@ def _state(
 
 
 def save_tensors(
-    folder: Path, fragments: Sequence[Fragment], tensors: dict[str, torch.Tensor]
+    folder: Path,
+    fragments: Sequence[Fragment],
+    tensors: dict[str, torch.Tensor],
+    group: Any = None,
+    go_on: Callable[[], None] = lambda: None,
 ) -> None:
-    """Collective. Writes this rank's fragments, and once the replicated `tensors`, fsynced."""
+    """Collective. Writes this rank's fragments, and once the replicated `tensors`, fsynced.
+
+    Args:
+        group: the process group to agree through; None: that of training.
+        go_on: called before each piece is written; raises to end it.
+    """
     dcp.save(
         _state([fragment for fragment in fragments if fragment.first], tensors, None),
-        storage_writer=_Writer(str(folder), thread_count=1, sync_files=True),
-        planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+        # No copying ahead: it would wait for the device, also where all is in host memory.
+        storage_writer=_Writer(
+            str(folder), thread_count=1, sync_files=True, per_thread_copy_ahead=0
+        ),
+        planner=_SavePlanner(go_on),
+        process_group=group,
     )
 
 
