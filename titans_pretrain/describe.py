@@ -5,18 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from torch import nn
+import torch
 
-from titans_pretrain.config import RunConfig, dump_config
+from titans_pretrain.config import ModelConfig, RunConfig, dump_config
 from titans_pretrain.data.manifest import Manifest
 from titans_pretrain.model.counts import flops_per_token, parameter_count
-from titans_pretrain.model.titans import kind
+from titans_pretrain.model.titans import TitansLM, kind
 from titans_pretrain.parallel.world import World
 
 
 def describe_run(
     config: RunConfig,
-    model: nn.Module,
     world: World,
     manifests: Mapping[str, Manifest],
     versions: Mapping[str, str],
@@ -24,7 +23,7 @@ def describe_run(
     """tag -> Markdown."""
     return {
         "run/config": _block(dump_config(config)),
-        "run/model": "\n\n".join((_parts(config), _parameters(model))),
+        "run/model": "\n\n".join((_parts(config), _parameters(config.model))),
         "run/data": _data(manifests),
         "run/machine": _machine(config, world, versions),
     }
@@ -44,8 +43,10 @@ def _parts(config: RunConfig) -> str:
     return _table(head, [*rows, total], numbers=2)
 
 
-def _parameters(model: nn.Module) -> str:
-    """Every parameter; those of like blocks in one row."""
+def _parameters(config: ModelConfig) -> str:
+    """Every parameter of the undivided model; those of like blocks in one row."""
+    with torch.device("meta"):
+        model = TitansLM(config)
     groups: dict[tuple[str, ...], list[int]] = {}
     numbers: dict[tuple[str, ...], int] = {}
     for name, parameter in model.named_parameters():
@@ -81,6 +82,7 @@ def _data(manifests: Mapping[str, Manifest]) -> str:
 def _machine(config: RunConfig, world: World, versions: Mapping[str, str]) -> str:
     facts = {
         "ranks": f"{world.size} on {world.device.type}, {world.threads} threads each",
+        "layout": world.layout.describe(),
         "rank 0 on": world.host,
         "precision": config.train.precision,
         **versions,

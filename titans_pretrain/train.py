@@ -25,6 +25,7 @@ from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED, TitansError
 from titans_pretrain.feed import fetch, open_stream, with_vocabulary
 from titans_pretrain.measure.failing import Failing
 from titans_pretrain.measure.profile import Profile, check_profile
+from titans_pretrain.model.counts import parameter_count
 from titans_pretrain.parallel.layout import plan_layout
 from titans_pretrain.parallel.world import World, start_world, world_size
 from titans_pretrain.phases import phase
@@ -208,9 +209,14 @@ def resume(
 
 def tell_differences(config: RunConfig, world: World, state: dict[str, Any]) -> None:
     """Warns of what keeps a resumed run from being bitwise the uninterrupted one."""
-    now = {"ranks": world.size, "threads": world.threads, "versions": versions()}
+    now = {
+        "ranks": world.size,
+        "layout": world.layout.describe(),
+        "threads": world.threads,
+        "versions": versions(),
+    }
     for key, value in now.items():
-        if state[key] != value:
+        if state.get(key, value) != value:
             log.warning(
                 "%s were %s, are %s: the run goes on, but not bitwise", key, state[key], value
             )
@@ -286,6 +292,7 @@ def state_of(config: RunConfig, home: Home, world: World, at: Progressed) -> dic
         "config": config.model_dump(mode="json"),
         "versions": versions(),
         "ranks": world.size,
+        "layout": world.layout.describe(),
         "threads": world.threads,
         "time": time.time(),
     }
@@ -302,11 +309,11 @@ def announce(
     init_from: str | None,
 ) -> None:
     """Says in a few lines what is about to run, and in TensorBoard's texts at length."""
-    parameters = sum(p.numel() for p in step.model.parameters())
+    parameters = sum(parameter_count(config.model).values())
     tokens = config.train.global_batch * config.data.sequence_length
     known = sum(m.splits["train"].tokens for m in stream.manifests.values())  # 0: streamed
     log.info(
-        "%s, life %d: %s, %s parameters, %d ranks on %s, %d threads each, %s",
+        "%s, life %d: %s, %s parameters, %d ranks on %s, %d threads each, %s, %s",
         config.folder,
         home.life,
         config.model.variant,
@@ -315,6 +322,7 @@ def announce(
         world.device.type,
         world.threads,
         config.train.precision,
+        world.layout.describe(),
     )
     log.info(
         "%s training tokens; steps %d to %d of %s tokens (%d micro-batches on each rank)",
@@ -326,7 +334,7 @@ def announce(
     )
     source = checkpoint.folder_of(home.folder.checkpoints, at.step) if at.step else init_from
     how = f"life {home.life} from {f'`{source}`' if source else 'scratch'}. {home.former}"
-    texts = describe_run(config, step.model, world, stream.manifests, versions())
+    texts = describe_run(config, world, stream.manifests, versions())
     world.agree(lambda: watch.begin(texts, how))
     ramp = config.train.ramp
     if ramp is not None and at.step < ramp.steps:
