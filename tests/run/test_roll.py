@@ -118,7 +118,7 @@ def beats_no_more() -> list[Any]:
     """Rank 1's beats end while it lives."""
     import torch.distributed as dist
 
-    rank, roll, step = start()
+    rank, roll, _ = start()
     until(lambda: sorted(s.beat.step for s in roll.seen()) == [10, 11])
     if rank == 1:
         original, stop = roll._mine, threading.Event()
