@@ -51,7 +51,7 @@ def tree(folder: Path, data: Path) -> dict[str, Any]:
         train__steps=STEPS,
         checkpoint__every_steps=4,
         validation__every=20,
-        watchdog={"start_minutes": 0.5, "step_minutes": 0.5, "silent_seconds": 20.0},
+        watchdog={"start_minutes": 0.4, "step_minutes": 0.4, "silent_seconds": 20.0},
     )
 
 
