@@ -30,6 +30,7 @@ import psutil
 
 from tests.prepared import ROOT, small_dataset, small_run, write_config
 from tests.worlds import free_port
+from titans_pretrain.config import WatchdogConfig
 from titans_pretrain.errors import EXIT_DONE
 from titans_pretrain.run import checkpoint
 from titans_pretrain.run.lock import newest_claim
@@ -206,12 +207,15 @@ def kill(life: Life, moment: str, who: str, draw: random.Random) -> str | None:
 
 
 def finish(config: dict[str, Any], launched: bool = True) -> None:
-    """Runs to the end."""
-    life = Life.start(config, launched)
+    """Runs to the end. Nobody is killed, so the limits need not be tight."""
+    default = WatchdogConfig()
+    limits = [f"watchdog.{name}={getattr(default, name)}" for name in config["watchdog"]]
+    life = Life.start(config, launched, *limits)
     try:
         assert not until(lambda: False, life)
         codes = [p.wait(10) for p in life.processes]
-        assert codes == [EXIT_DONE] * len(codes), f"exit codes {codes}"
+        said = life.folder.with_suffix(".out").read_text(errors="replace")[-2000:]
+        assert codes == [EXIT_DONE] * len(codes), f"exit codes {codes}; it said: ...{said}"
     finally:
         life.end()
 

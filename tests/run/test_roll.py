@@ -68,7 +68,7 @@ def test_all_know_of_all_and_who_left() -> None:
     assert [then for _, then in results] == [[2, 1, 0]] * 3
 
 
-def alarm() -> tuple[str, int]:
+def alarm() -> str:
     import torch.distributed as dist
 
     rank, roll, _ = start()
@@ -77,12 +77,12 @@ def alarm() -> tuple[str, int]:
     until(lambda: roll.alarm)
     roll.report()
     until(lambda: roll.reported() == 2)
-    dist.barrier()
-    return roll.alarm, roll.reported()
+    dist.barrier()  # rank 0 takes the store with it
+    return roll.alarm
 
 
 def test_an_alarm_reaches_all_and_reports_are_counted() -> None:
-    assert run_world(alarm, 2) == [("no step for an hour", 2)] * 2
+    assert run_world(alarm, 2) == ["no step for an hour"] * 2
 
 
 def a_rank_that_does_not_beat() -> list[Any]:
@@ -112,3 +112,53 @@ def test_of_many_ranks_those_behind_are_listed() -> None:
     seen[0] = Seen(seen[0].beat, 9.0)  # further than all, and not heard of
     listed = [s.beat.rank for s in sorted(seen, key=roll._behind)[:LISTED]]
     assert listed == [0, *range(999, 999 - LISTED + 1, -1)]
+
+
+def beats_no_more() -> list[Any]:
+    """Rank 1's beats end while it lives."""
+    import torch.distributed as dist
+
+    rank, roll, _ = start()
+    until(lambda: sorted(s.beat.step for s in roll.seen()) == [10, 11])
+    if rank == 1:
+        original, stop = roll._mine, threading.Event()
+
+        def blocked() -> Beat:
+            stop.wait()
+            return original()
+
+        roll._mine = blocked
+        dist.barrier()
+        stop.set()
+        return []
+    until(lambda: roll.lost(10 * EVERY))
+    lost = roll.lost(10 * EVERY)
+    time.sleep(4 * EVERY)
+    (later,) = roll.lost(10 * EVERY)
+    dist.barrier()
+    assert later.silent > lost[0].silent >= 10 * EVERY
+    return [(s.beat.rank, s.beat.step) for s in lost]
+
+
+def test_a_rank_whose_beats_end_is_lost() -> None:
+    lost, _ = run_world(beats_no_more, 2)
+    assert [tuple(entry) for entry in lost] == [(1, 11)]
+
+
+def the_store_goes() -> list[Any]:
+    import torch.distributed as dist
+
+    rank, roll, _ = start()
+    until(lambda: sorted(s.beat.step for s in roll.seen()) == [10, 11])
+    dist.barrier()
+    if rank == 0:
+        return []  # and its process ends without a word
+    until(lambda: roll.lost(20 * EVERY))
+    until(lambda: "roll" not in [t.name for t in threading.enumerate()])
+    roll.close("ValueError: no")  # does not block
+    return [(s.beat.rank, s.beat.step) for s in roll.lost(20 * EVERY)]
+
+
+def test_the_rank_that_keeps_the_store_is_missed_like_any_other() -> None:
+    _, lost = run_world(the_store_goes, 2)
+    assert [tuple(entry) for entry in lost] == [(0, 10)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import linecache
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ import torch
 from titans_pretrain import phases
 from titans_pretrain.config import WatchdogConfig
 from titans_pretrain.phases import phase
+from titans_pretrain.run import hang_report
 from titans_pretrain.run.hang_report import behind, words
 from titans_pretrain.run.roll import LEFT, Beat, Seen
 from titans_pretrain.run.watchdog import Watchdog
@@ -208,3 +211,24 @@ def test_who_is_waited_for() -> None:
     free = [seen(r, step=9, pulse=50) for r in range(3)]
     assert [w[:6] for w in behind([*free, seen(3, step=9, pulse=49)], 8)] == ["rank 3"]
     assert words(Seen(Beat(2, "?", 0), 7.0)).endswith("has never been heard of, for 7 s")
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "waits"),
+    [
+        ("megatron.core.pipeline_parallel.p2p_communication", "handle.wait()", True),
+        ("titans_pretrain.parallel.links", "handle.wait()", True),
+        ("titans_pretrain.parallel.links", "handle.other()", False),
+        ("titans_pretrain.data.loader", "handle.wait()", False),
+        ("torch.distributed.distributed_c10d", "handle.other()", True),
+    ],
+)
+def test_what_counts_as_waiting_for_ranks(module: str, line: str, waits: bool) -> None:
+    def look() -> bool:
+        return hang_report._waits(sys._getframe(1))
+
+    source, name = f"def receive(handle):\n    return {line}\n", f"<{module} {line}>"
+    linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+    scope: dict[str, Any] = {"__name__": module}
+    exec(compile(source, name, "exec"), scope)
+    assert scope["receive"](SimpleNamespace(wait=look, other=look)) == waits

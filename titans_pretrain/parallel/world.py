@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Callable
@@ -195,5 +196,6 @@ def start_world(train: TrainConfig, layout: Layout | None = None, timeout_s: flo
         layout.pipeline,
         interleave if interleave > 1 else None,
         context_parallel_size=layout.context,
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),
     )
     return World(rank, size, local_rank, local_size, device, threads, layout, timeout_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import linecache
 import os
 import sys
 import threading
@@ -21,8 +22,9 @@ from titans_pretrain.run.roll import LEFT, Beat, Seen
 if TYPE_CHECKING:
     from titans_pretrain.data.batch import Batch
 
-# Python's last frame of a thread that waits for other ranks.
+# Python's last frame of a thread that waits for other ranks: one of these, or a `.wait()` there.
 _WAITING = ("torch.distributed.distributed_c10d", "torch.distributed.rendezvous")
+_HANDLES = ("torch.distributed.", "deepspeed.", "megatron.", "titans_pretrain.parallel.")
 _LAST = 8  # collectives of torch's flight recorder
 
 
@@ -96,7 +98,7 @@ def describe(
 
 
 def main_thread_waits_in() -> str:
-    """The function of torch.distributed that the main thread is in, if any."""
+    """The function in which the main thread waits for other ranks, if it does."""
     frame = _main_frame()
     return frame.f_code.co_name if frame is not None and _waits(frame) else ""
 
@@ -139,7 +141,9 @@ def _main_frame() -> FrameType | None:
 
 
 def _waits(frame: FrameType) -> bool:
-    return frame.f_globals.get("__name__") in _WAITING
+    module = frame.f_globals.get("__name__", "")
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    return module in _WAITING or (module.startswith(_HANDLES) and ".wait(" in line)
 
 
 def _recorded() -> list[str]:
