@@ -194,7 +194,8 @@ def test_every_command_runs_as_written(copy: Path):
 
 
 def test_options_named_alone_exist():
-    usage = "titans-pretrain --help; titans-pretrain train --help; titans-pretrain compare --help"
+    asked = ("", "train", "compare", "verify")
+    usage = "; ".join(f"titans-pretrain {command} --help" for command in asked)
     usage = shell(usage, ROOT).stdout
     assert options(README) - {"--index-url"} <= set(re.findall(r"--[a-z-]+", usage))  # pip's
 
