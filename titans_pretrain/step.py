@@ -94,8 +94,9 @@ class TrainStep:
         ]
         self.schedule = Schedule(self.stages, layout, world.device)
         self.link: Link | None = None
-        if layout.context > 1:
-            self.link = Link.join(context_ranks(), world.device)
+        segments = config.parallel.segments
+        if layout.context * segments > 1:
+            self.link = Link.join(context_ranks(), world.device, segments=segments)
             for piece in self.pieces:
                 hand_on(piece.model, self.link)
         o = config.optim
@@ -196,10 +197,12 @@ class TrainStep:
         return nats / max(1.0, labels), int(labels)
 
     def _shares(self, batches: Sequence[Batch]) -> Sequence[Batch]:
-        """This context rank's columns of the rows."""
-        if self.link is None:
+        """This context rank's columns of the rows' segments, segment after segment."""
+        link = self.link
+        if link is None:
             return batches
-        return [shard(batch, self.link.index, self.link.size) for batch in batches]
+        stretches = [shard(b, i, link.segments) for b in batches for i in range(link.segments)]
+        return [shard(stretch, link.index, link.size) for stretch in stretches]
 
     def _run(self, batches: Sequence[Batch], tokens: int, *, train: bool = True) -> StepLoss:
         sums = self.schedule.run(batches, tokens_in_step=tokens, train=train)

@@ -62,7 +62,8 @@ def run_training(
         contextlib.ExitStack() as leaving,
         Failing(config) as failing,
     ):
-        world = failing.joined(start_world(config.train, layout, watchdog.timeout_s))
+        said = dump_config(config)
+        world = failing.joined(start_world(config.train, layout, watchdog.timeout_s, said))
         leaving.callback(world.shut_down)
         watchdog.joined(world, leaving)
         check_profile(config.profile, world.size)

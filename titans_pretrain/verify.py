@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans_pretrain.config import ModelConfig, RunConfig, load_config
+from titans_pretrain.config import ModelConfig, RunConfig, dump_config, load_config
 from titans_pretrain.data.batch import Batch
 from titans_pretrain.data.streaming import open_batches
 from titans_pretrain.errors import EXIT_DONE, EXIT_OTHER, ConfigError
@@ -213,7 +213,7 @@ def verify(
     config: RunConfig, layout: Layout, steps: int, scratch: Path, made: bool, everything: bool
 ) -> int:
     """Collective. Runs both sides; rank 0 prints the report. The exit code, equal on every rank."""
-    world = start_world(config.train, layout)
+    world = start_world(config.train, layout, said=dump_config(config))
     try:
         config, mine, whole = rows_of(config, world, made)
         folder = Path(world.broadcast_object(str(scratch)))

@@ -19,6 +19,7 @@ from tests.worlds import run_world
 from titans_pretrain.config import RunConfig
 from titans_pretrain.data.batch import concatenate
 from titans_pretrain.model.loss import token_loss, z_penalty
+from titans_pretrain.model.titans import map_state
 from titans_pretrain.parallel.context import hand_on, shard
 from titans_pretrain.parallel.layout import Shard, plan_layout
 from titans_pretrain.parallel.link import Link
@@ -46,7 +47,7 @@ def parity_config(variant: str, parallel: dict[str, Any], **changes: Any) -> Run
         "model__persistent_tokens": 3,
         "train__z_loss": Z,
         "train__micro_batch": 1,
-        "data__sequence_length": 32 * parallel.get("context", 1),
+        "data__sequence_length": 32 * parallel.get("context", 1) * parallel.get("segments", 1),
         "parallel": parallel,
     }
     if variant in ("transformer", "mag", "mal"):
@@ -63,13 +64,19 @@ def plain(config: RunConfig) -> tuple[float, Gradients]:
     """Nats a label of step 1's rows, and the gradient of the objective."""
     model = hot_model(config.model)
     batch = concatenate(micro_batches(config, 1, 0, 1))
-    logits, _ = model(batch.tokens, batch.positions, carry=False)
-    nats = token_loss(logits, batch.labels)[batch.loss_mask].mean()
-    z = z_penalty(logits)[batch.loss_mask].mean()
-    (nats + config.train.z_loss * z).backward()
+    labels, state, nats = batch.loss_mask.sum(), None, 0.0
+    segments = config.parallel.segments
+    for i in range(segments):  # what one leaves the next starts from, without its history
+        part = shard(batch, i, segments)
+        logits, state = model(part.tokens, part.positions, state)
+        state = map_state(state, torch.Tensor.detach)
+        loss = token_loss(logits, part.labels)[part.loss_mask].sum() / labels
+        z = z_penalty(logits)[part.loss_mask].sum() / labels
+        (loss + config.train.z_loss * z).backward()
+        nats += loss.item()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert len(gradients) == len(list(model.parameters()))
-    return nats.item(), gradients
+    return nats, gradients
 
 
 def divided(
@@ -106,15 +113,17 @@ def divided(
     schedule = Schedule(stages, layout, world.device)
     place = world.place
     batches = micro_batches(config, 1, place.data, layout.data_parallel)
-    if layout.context > 1:
-        link = Link.join(context_ranks(), world.device, timeout_s=100)
+    segments = config.parallel.segments
+    if layout.context * segments > 1:
+        link = Link.join(context_ranks(), world.device, timeout_s=100, segments=segments)
         for piece in pieces:
             hand_on(piece.model, link)
+        batches = [shard(b, i, segments) for b in batches for i in range(segments)]
         batches = [shard(b, link.index, link.size) for b in batches]
     labels = sum(int(b.loss_mask.sum()) for b in batches) * (place.tensor + place.pipeline == 0)
     tokens = int(world.sum([float(labels)])[0])
     seen = schedule.run(batches, tokens_in_step=tokens)
-    if layout.context > 1:
+    if layout.context * segments > 1:
         link.drain()
     gradients = {n: p.grad for n, p in pieces.root.named_parameters() if p.grad is not None}
     if config.model.tied_embeddings and layout.pipeline > 1:

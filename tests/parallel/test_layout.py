@@ -1,6 +1,8 @@
 """Ranges and boxes against numpy's own flattening."""
 
+import hashlib
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from megatron.core import parallel_state
 from tests.parallel.tiny import tiny_config
 from tests.prepared import ROOT
 from tests.worlds import run_world
-from titans_pretrain.config import RunConfig, load_config
+from titans_pretrain.config import RunConfig, dump_config, load_config
 from titans_pretrain.errors import ConfigError
 from titans_pretrain.parallel.layout import (
     Fragment,
@@ -122,6 +124,13 @@ REFUSED = [
         "data.sequence_length=32",
         "data.sequence_length=64",
     ),
+    (
+        {"pipeline": 2, "interleave": 2, "segments": 2},
+        {"model__blocks": 4},
+        2,
+        "parallel.segments=2, parallel.interleave=2",
+        "parallel.interleave=1",
+    ),
     ({}, {}, 3, "3 data-parallel ranks", "train.global_batch=6"),
     ({}, {"train__ramp": {"start": 2, "steps": 2}}, 2, "train.ramp.start=2", "multiple of 4"),
     (
@@ -210,3 +219,24 @@ def test_a_layout_says_what_it_is() -> None:
     layout = plan_layout(config, 8)
     assert isinstance(layout, Layout) and not layout.whole
     assert layout.describe() == "TP 2 + SP, PP 2, CP 1, DP 2, ZeRO-1"
+
+
+def another_config(config: RunConfig, other: RunConfig) -> str:
+    mine = other if os.environ["RANK"] == "2" else config
+    try:
+        start_world(mine.train, plan_layout(mine, world_size()), said=dump_config(mine))
+    except ConfigError as e:
+        return str(e)
+    return "joined"
+
+
+def test_ranks_that_disagree_on_the_config_say_so_on_every_rank() -> None:
+    """Another degree on one rank: found before the groups that it would make wait for ever."""
+    config = tiny_config()
+    other = tiny_config(parallel={"pipeline": 2})
+    told = run_world(another_config, 4, config, other, timeout=60)
+    digest = [hashlib.sha256(dump_config(c).encode()).hexdigest()[:12] for c in (config, other)]
+    for rank, words in enumerate(told):
+        assert f"{digest[0]} on ranks 0, 1, 3; {digest[1]} on rank 2" in words
+        assert f"this rank's is {digest[rank == 2]}" in words
+        assert "same file and overrides" in words

@@ -33,11 +33,20 @@ def test_mac_in_every_layout(layout: str) -> None:
     assert_parity(compare(parity_config("mac", parallel), ranks))
 
 
+VARIANTS = ["transformer", "lmm", "mag", "mal"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["transformer", "lmm", "mag", "mal"])
-def test_every_variant_divided_in_all_directions(variant: str) -> None:
+@pytest.mark.parametrize("variant", [*VARIANTS, "mac"])
+def test_every_variant_in_tp2_pp2_dp2(variant: str) -> None:
     parallel = {"tensor": 2, "pipeline": 2, "sequence": True}
     assert_parity(compare(parity_config(variant, parallel), 8))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_in_cp2_tp2(variant: str) -> None:
+    parallel = {"context": 2, "tensor": 2}
+    assert_parity(compare(parity_config(variant, parallel), 4))
 
 
 @pytest.mark.parametrize("layout", ["TP2+SP", "PP2", "TP2 PP2+SP", "PP2 DP2"])
@@ -64,3 +73,21 @@ def test_what_a_model_may_have_is_divided_too(change: str) -> None:
     variant, changes = CHANGES[change]
     parallel = {"tensor": 2, "sequence": True}
     assert_parity(compare(parity_config(variant, parallel, **changes), 2))
+
+
+SEGMENTED: dict[str, tuple[int, dict[str, Any]]] = {
+    "alone": (1, {}),
+    "TP2": (2, {"tensor": 2}),
+    "PP2": (2, {"pipeline": 2}),
+    "CP2": (2, {"context": 2}),
+    "CP2 PP2": (4, {"context": 2, "pipeline": 2}),
+    "TP2+SP DP2": (4, {"tensor": 2, "sequence": True}),
+}
+
+
+@pytest.mark.parametrize("layout", SEGMENTED)
+def test_rows_in_three_segments_one_after_another(layout: str) -> None:
+    """Against one process that carries the state on without its history."""
+    ranks, parallel = SEGMENTED[layout]
+    config = parity_config("mac", {**parallel, "segments": 3})
+    assert_parity(compare(config, ranks))

@@ -28,7 +28,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2 x 2": (2, {"pipeline": 2, "interleave": 2}),
     "PP2 DP2": (4, {"pipeline": 2}),
     "TP2 PP2+SP": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
+    "CP2": (2, {"context": 2}),
+    "CP2 PP2": (4, {"context": 2, "pipeline": 2}),
 }
+
+
+@pytest.mark.parametrize("variant", ["transformer", "lmm", "mag", "mal"])
+def test_twenty_steps_of_every_variant_under_zero_3(variant: str) -> None:
+    config = parity_config(variant, {"zero": {"stage": 3}}, **WELL_CONDITIONED)
+    assert_equals_one_plain_process(config, 2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -87,6 +87,8 @@ class ParallelConfig(Section):
     pipeline: Positive = 1  # stages of neighbouring blocks
     interleave: Positive = 1  # pieces of the model on each stage
     context: Positive = 1  # ranks that share each row's tokens
+    # Stretches of each row that are computed one after another; gradients stop between them.
+    segments: Positive = 1
     zero: ZeroConfig = ZeroConfig()
 
 

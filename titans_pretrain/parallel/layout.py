@@ -55,8 +55,9 @@ class Layout:
 
     @property
     def whole(self) -> bool:
-        """Whether each rank holds the whole model."""
-        return self.tensor * self.context * self.pipeline == 1 and self.parallel.zero.stage < 3
+        """Whether each rank holds the whole model, and computes whole rows with it."""
+        whole_rows = self.context * self.parallel.segments == 1
+        return whole_rows and self.tensor * self.pipeline == 1 and self.parallel.zero.stage < 3
 
     def place(self, rank: int) -> Place:
         """Neighbouring ranks differ in tensor first, then context, data, pipeline (Megatron's
@@ -73,6 +74,7 @@ class Layout:
         return (
             f"TP {p.tensor}{' + SP' if p.sequence else ''}, PP {pipeline}, CP {p.context}, "
             f"DP {self.data_parallel}, ZeRO-{p.zero.stage}{' offloaded' if p.zero.offload else ''}"
+            f"{f', {p.segments} segments' if p.segments > 1 else ''}"
         )
 
 

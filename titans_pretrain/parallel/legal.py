@@ -88,8 +88,8 @@ def _sequence_splits(a: Asked) -> Refused | None:
             "parallel.sequence=true, parallel.tensor=1",
             "set parallel.sequence=false, or parallel.tensor above 1",
         )
-    if length // p.context % p.tensor:
-        unit = p.tensor * p.context
+    unit = p.tensor * p.context * p.segments
+    if length % unit:
         return (
             f"data.sequence_length={length}, parallel.tensor={p.tensor}, "
             f"parallel.context={p.context}, parallel.sequence=true",
@@ -168,14 +168,25 @@ def _copies(a: Asked) -> Refused | None:
 
 
 def _context_splits(a: Asked) -> Refused | None:
-    context, align = a.parallel.context, a.config.model.alignment
-    length = a.config.data.sequence_length
-    if context == 1 or length % (context * align) == 0:
+    context, segments = a.parallel.context, a.parallel.segments
+    align, length = a.config.model.alignment, a.config.data.sequence_length
+    unit = context * segments * align
+    if context * segments == 1 or length % unit == 0:
         return None
-    unit = context * align
     return (
-        f"data.sequence_length={length}, parallel.context={context}, model.memory.chunk={align}",
+        f"data.sequence_length={length}, parallel.context={context}, "
+        f"parallel.segments={segments}, model.memory.chunk={align}",
         f"use data.sequence_length={max(1, round(length / unit)) * unit}",
+    )
+
+
+def _segments_in_order(a: Asked) -> Refused | None:
+    p = a.parallel
+    if p.segments == 1 or p.interleave == 1:
+        return None
+    return (
+        f"parallel.segments={p.segments}, parallel.interleave={p.interleave}",
+        "set parallel.interleave=1, or parallel.segments=1",
     )
 
 
@@ -276,9 +287,15 @@ RULES = (
         _copies,
     ),
     Rule(
-        "context x memory.chunk divides the sequence length",
-        "each context rank holds whole chunks",
+        "context x segments x memory.chunk divides the sequence length",
+        "each context rank holds whole chunks of each segment",
         _context_splits,
+    ),
+    Rule(
+        "segments above 1 need interleave=1",
+        "states go from a segment to the next in the order of micro-batches, which the pieces of a "
+        "stage interleave",
+        _segments_in_order,
     ),
     Rule(
         "global_batch is a multiple of micro_batch x data-parallel ranks",

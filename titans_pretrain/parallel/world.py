@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import socket
@@ -149,12 +150,18 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def start_world(train: TrainConfig, layout: Layout | None = None, timeout_s: float = 1800) -> World:
+def start_world(
+    train: TrainConfig,
+    layout: Layout | None = None,
+    timeout_s: float = 1800,
+    said: str = "",
+) -> World:
     """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT describe.
 
     Without RANK this process is a world of one. gloo on a CPU, NCCL on CUDA (with gloo for CPU
     tensors); Megatron's groups of `layout` on top (default: data parallel alone). Raises
-    ConfigError where they say too little.
+    ConfigError where they say too little, and on every rank where ranks differ in what was `said`
+    to them: the run's config.
     """
     env = os.environ
     rank, size = int(env.get("RANK", 0)), world_size()
@@ -190,6 +197,7 @@ def start_world(train: TrainConfig, layout: Layout | None = None, timeout_s: flo
         store=store,
         timeout=timedelta(seconds=timeout_s),
     )
+    _require_equal(said, size)  # before any group is made that depends on it
     interleave = layout.parallel.interleave
     parallel_state.initialize_model_parallel(
         layout.tensor,
@@ -199,3 +207,25 @@ def start_world(train: TrainConfig, layout: Layout | None = None, timeout_s: flo
         distributed_timeout_minutes=math.ceil(timeout_s / 60),
     )
     return World(rank, size, local_rank, local_size, device, threads, layout, timeout_s)
+
+
+def _require_equal(said: str, size: int) -> None:
+    mine = hashlib.sha256(said.encode()).hexdigest()[:12]
+    told: list[str] = [""] * size
+    dist.all_gather_object(told, mine)
+    if len(set(told)) == 1:
+        return
+    dist.destroy_process_group()
+    by_hash: dict[str, list[int]] = {}
+    for rank, digest in enumerate(told):
+        by_hash.setdefault(digest, []).append(rank)
+    groups = (
+        f"{digest} on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}"
+        f"{' and others' if len(ranks) > 8 else ''}"
+        for digest, ranks in by_hash.items()
+    )
+    raise ConfigError(
+        f"configs (sha256): {'; '.join(groups)}; this rank's is {mine}",
+        "all ranks of a run have one configuration",
+        "start all ranks with the same file and overrides",
+    )
