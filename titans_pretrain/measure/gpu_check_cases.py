@@ -38,6 +38,7 @@ from titans_pretrain.memory.rules import MemorySpec
 from titans_pretrain.parallel.layout import plan_layout
 from titans_pretrain.parallel.world import World, start_world
 from titans_pretrain.run import checkpoint
+from titans_pretrain.run.saver import Saver
 from titans_pretrain.step import TrainStep
 
 STEPS, HALF = 20, 3  # steps compared with the CPU; steps before a save, and after it
@@ -165,7 +166,10 @@ def save(folder: Path, config: RunConfig, world: World, step: TrainStep, done: i
     state = {"step": done, "life": 1, "data": {"next_step": done + 1}}
     state["config"] = config.model_dump(mode="json")
     rng = {"rng/cpu": torch.get_rng_state()}
-    return checkpoint.save(folder, state, step.optimizer.fragments(), rng, world, lambda: None)
+    saver = Saver(folder, config.checkpoint, world, lambda: None, lambda saved: None)
+    saver.save(state, step.optimizer.fragments(), rng)
+    saver.wait()
+    return checkpoint.folder_of(folder, done)
 
 
 def measure_speed(task: Task, case: str) -> dict[str, Any]:
