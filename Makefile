@@ -9,7 +9,7 @@ TORCH := $(shell grep '^torch==' requirements.txt)
 # What the set-up of deepspeed (a source package) imports, beside torch.
 BUILD := setuptools wheel numpy ninja packaging py-cpuinfo psutil pydantic
 
-.PHONY: pretrain environment dev test test-fast lint format fuzz golden bench board gpu-check torture clean
+.PHONY: pretrain environment dev test test-fast lint format fuzz golden bench board gpu-check parity torture clean
 
 pretrain: environment data/demo/manifest.json
 	$(BIN)/titans-pretrain train configs/demo.yaml folder=$(RUN) $(if $(RANKS),--ranks $(RANKS)) $(ARGS)
@@ -76,6 +76,10 @@ board: environment
 # Checks and times a machine with a CUDA GPU, in five minutes; leaves runs/gpu-check/report.md.
 gpu-check: environment
 	$(BIN)/titans-pretrain gpu-check $(ARGS)
+
+# Every layout and variant against one plain process (hours; ARGS: --ranks 4 --variants mac).
+parity: dev
+	$(BIN)/python -m tests.parallel.all_layouts $(ARGS)
 
 # Fifty times kill -9 of a rank at a random moment; stopped, it goes on counting.
 torture: dev
