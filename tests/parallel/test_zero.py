@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
+import torch
 
 from tests.parallel.parity import parity_config
-from tests.parallel.through_zero import assert_equals_one_plain_process
+from tests.parallel.through_zero import assert_equals_one_plain_process, batches_of, start
+from tests.worlds import run_world
+from titans_pretrain.config import RunConfig
+from titans_pretrain.errors import DivergedError
+from titans_pretrain.measure.footprint import held_bytes
 
 # With heads of 4 features, as in the float64 tests, and the usual rate of 1e-2, the plain process
 # itself, its weights changed by 1e-7, goes 3e-3 of its way elsewhere in 20 steps; so it is 3e-5.
@@ -43,3 +49,69 @@ def test_twenty_steps_of_every_variant_under_zero_3(variant: str) -> None:
 def test_twenty_steps_of_mac(layout: str) -> None:
     ranks, parallel = LAYOUTS[layout]
     assert_equals_one_plain_process(parity_config("mac", parallel, **WELL_CONDITIONED), ranks)
+
+
+def poisoned(config: RunConfig) -> tuple[str, bool, list[int]]:
+    """A gradient that is not finite on the last rank, in step 2: the message, whether weights and
+    moments are what they were, the rank's samples."""
+    world, step = start(config)
+    step(batches_of(config, 1, world), 1)
+    before = [{k: t.clone() for k, t in f.tensors.items()} for f in step.optimizer.fragments()]
+    if world.rank == world.size - 1:
+        head = step.stages[-1].model.head
+        head.register_full_backward_hook(lambda m, given, out: (given[0] * float("inf"),))
+    batches, message = batches_of(config, 2, world), ""
+    try:
+        step(batches, 2)
+    except DivergedError as e:
+        message = str(e)
+    after = step.optimizer.fragments()
+    same = all(
+        torch.equal(f.tensors[k], t) for f, old in zip(after, before) for k, t in old.items()
+    )
+    world.shut_down()
+    return message, same, [s for b in batches for s in b.samples.tolist()]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_poisoned_step_changes_nothing_where_gradients_are_divided(
+    stage: int, precision: str
+) -> None:
+    config = parity_config(
+        "lmm", {"zero": {"stage": stage}}, train__precision=precision, **WELL_CONDITIONED
+    )
+    for message, same, samples in run_world(poisoned, 2, config):
+        assert message.startswith("step 2: loss")
+        assert str(samples[0]) in message
+        assert same, "a weight or a moment changed"
+
+
+def held(config: RunConfig) -> tuple[dict[str, int], int]:
+    world, step = start(config)
+    step(batches_of(config, 1, world), 1)
+    bytes_by_kind = held_bytes(step)
+    whole = sum(math.prod(s.shape) for s in step.pieces.shards.values())
+    world.shut_down()
+    return bytes_by_kind, whole
+
+
+@pytest.mark.parametrize(
+    ("parallel", "ranks", "kept", "divided"),
+    [
+        ({"zero": {"stage": 1}}, 2, 1, 2),
+        ({"zero": {"stage": 2}}, 2, 1, 2),
+        ({"zero": {"stage": 3}}, 2, 2, 2),
+        ({"tensor": 2}, 4, 2, 4),
+    ],
+)
+def test_bytes_a_rank_holds_are_those_of_the_arithmetic(
+    parallel: dict[str, Any], ranks: int, kept: int, divided: int
+) -> None:
+    """fp32: 4 bytes a parameter, 12 more for the master weight and two moments. Norms and what else
+    is not divided among tensor-parallel ranks, and padding, make up the rest."""
+    config = parity_config("lmm", parallel, model__width=128, model__heads=4, model__mlp_width=512)
+    for found, whole in run_world(held, ranks, config):
+        gathered = 4 * whole if parallel.get("zero", {}).get("stage") == 3 else 0
+        assert found["parameters"] - gathered == pytest.approx(4 * whole / kept, rel=0.02)
+        assert found["optimizer state"] == pytest.approx(12 * whole / divided, rel=0.02)

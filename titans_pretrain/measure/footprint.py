@@ -21,13 +21,15 @@ TOKENS = 512  # of a row that is tried; longer rows count in proportion
 def held_bytes(step: TrainStep) -> dict[str, int]:
     """Bytes of this rank's parameters, gradients and optimizer state, each storage once."""
     parameters = list(step.model.parameters())
-    flats = [p for g in step.optimizer.adamw.param_groups for p in g["params"]]
+    # ZeRO-3: a rank's part of each, beside what it has gathered.
+    parts = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
+    flats = step.optimizer.masters
     gradients = [p.grad for p in (*parameters, *flats) if p.grad is not None]
     gradients += [g for _, g in step.optimizer.local_gradients()]
     states = [t for s in step.optimizer.adamw.state.values() for t in s.values()]
     seen: set[int] = set()
     return {
-        "parameters": _bytes(parameters, seen),
+        "parameters": _bytes([*parameters, *parts], seen),
         "gradients": _bytes(gradients, seen),
         "optimizer state": _bytes([*flats, *states], seen),  # fp32 masters and moments
     }

@@ -236,6 +236,11 @@ class ZeroOptimizer:
 
         return self.adamw.register_step_pre_hook(look)
 
+    @property
+    def masters(self) -> list[torch.Tensor]:
+        """This rank's flat fp32 weights, by group."""
+        return list(self._flats)
+
     def fragments(self) -> list[Fragment]:
         """The pieces this rank owns: views of master weights and moments, no copies."""
         return [fragment for fragment, _, _ in self._owned()]
