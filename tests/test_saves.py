@@ -70,6 +70,23 @@ def test_both_modes_save_the_same_and_go_on_from_each_other(data: Path, tmp_path
     assert len(contents) == 6
 
 
+@pytest.mark.parametrize(
+    "layout", [{"tensor": 2, "sequence": True}, {"pipeline": 2}, {"zero": {"stage": 3}}], ids=str
+)
+def test_both_modes_save_the_same_in_any_layout(
+    layout: dict[str, Any], data: Path, tmp_path: Path
+) -> None:
+    saved = []
+    for mode in ("async", "sync"):
+        folder = tmp_path / mode
+        tree = small(folder, data, checkpoint__mode=mode, train__steps=3, parallel=layout)
+        assert run_world(train, 2, tree) == [EXIT_DONE] * 2
+        folders = [checkpoint.folder_of(folder / "checkpoints", step) for step in (1, 2, 3)]
+        sums = [json.loads((f / "checksums.json").read_text()) for f in folders]
+        saved.append([{**s, "state.json": ""} for s in sums])
+    assert saved[0] == saved[1] and len(saved[0][0]) == 4
+
+
 def fail(tree: dict[str, Any], how: str) -> tuple[type, str, int]:
     """Trains until a save fails behind it: (the error's kind, its message, steps recorded)."""
     write = torch.save
