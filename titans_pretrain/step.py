@@ -92,7 +92,7 @@ class TrainStep:
         self.stages = [
             Stage(p.model, loss, *where, z, first=p.first, last=p.last) for p in self.pieces
         ]
-        self.schedule = Schedule(self.stages, layout, world.device)
+        self.schedule = Schedule(self.stages, layout, world.device, world.place.context)
         self.link: Link | None = None
         segments = config.parallel.segments
         if layout.context * segments > 1:

@@ -110,8 +110,8 @@ def divided(
     z = (config.train.z_loss, vocabulary_penalty if share else z_penalty)
     where = (torch.float64, layout, config.model.width)
     stages = [Stage(p.model, loss, *where, z, first=p.first, last=p.last) for p in pieces]
-    schedule = Schedule(stages, layout, world.device)
     place = world.place
+    schedule = Schedule(stages, layout, world.device, place.context)
     batches = micro_batches(config, 1, place.data, layout.data_parallel)
     segments = config.parallel.segments
     if layout.context * segments > 1:

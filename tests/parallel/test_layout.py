@@ -124,6 +124,7 @@ REFUSED = [
         "data.sequence_length=32",
         "data.sequence_length=64",
     ),
+    ({"order": "FFBB", "pipeline": 2}, {}, 2, "parallel.order=FFBB", "parallel.order=FB"),
     (
         {"pipeline": 2, "interleave": 2, "segments": 2},
         {"model__blocks": 4},

@@ -91,3 +91,13 @@ def test_rows_in_three_segments_one_after_another(layout: str) -> None:
     ranks, parallel = SEGMENTED[layout]
     config = parity_config("mac", {**parallel, "segments": 3})
     assert_parity(compare(config, ranks))
+
+
+@pytest.mark.parametrize("order", ["FFBB", "skewed"])
+def test_context_ranks_in_other_orders(order: str) -> None:
+    assert_parity(compare(parity_config("mac", {"context": 4, "order": order}), 4))
+
+
+def test_segments_with_all_forwards_first() -> None:
+    parallel = {"context": 2, "order": "FFBB", "segments": 2}
+    assert_parity(compare(parity_config("lmm", parallel), 2))

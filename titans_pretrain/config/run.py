@@ -87,6 +87,10 @@ class ParallelConfig(Section):
     pipeline: Positive = 1  # stages of neighbouring blocks
     interleave: Positive = 1  # pieces of the model on each stage
     context: Positive = 1  # ranks that share each row's tokens
+    # How context ranks go through a step's forwards (F) and backwards (B). FB, FB, ..: one
+    # micro-batch is alive, and ranks wait for one another in each. FF.., BB..: all are alive, and
+    # ranks wait once a step. skewed: likewise, with context - rank alive, but sends must not block.
+    order: Literal["FB", "FFBB", "skewed"] = "FB"
     # Stretches of each row that are computed one after another; gradients stop between them.
     segments: Positive = 1
     zero: ZeroConfig = ZeroConfig()

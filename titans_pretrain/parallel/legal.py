@@ -180,6 +180,23 @@ def _context_splits(a: Asked) -> Refused | None:
     )
 
 
+def _order_is_ours(a: Asked) -> Refused | None:
+    p = a.parallel
+    if p.order == "FB":
+        return None
+    if p.pipeline > 1:
+        return (
+            f"parallel.order={p.order}, parallel.pipeline={p.pipeline}",
+            "set parallel.order=FB, or parallel.pipeline=1",
+        )
+    if p.order == "skewed" and p.segments > 1:
+        return (
+            f"parallel.order=skewed, parallel.segments={p.segments}",
+            "set parallel.order=FFBB, or parallel.segments=1",
+        )
+    return None
+
+
 def _segments_in_order(a: Asked) -> Refused | None:
     p = a.parallel
     if p.segments == 1 or p.interleave == 1:
@@ -290,6 +307,12 @@ RULES = (
         "context x segments x memory.chunk divides the sequence length",
         "each context rank holds whole chunks of each segment",
         _context_splits,
+    ),
+    Rule(
+        "orders other than FB need pipeline=1; the skewed one needs segments=1",
+        "stages have an order of their own; the last context rank ends a segment before the first "
+        "begins the next",
+        _order_is_ours,
     ),
     Rule(
         "segments above 1 need interleave=1",

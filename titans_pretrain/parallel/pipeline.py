@@ -6,8 +6,10 @@ them 1F1B (arXiv 2006.09503), or its interleaved form (arXiv 2104.04473).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,11 +113,21 @@ class Stage(nn.Module):
 class Schedule:
     """Runs the micro-batches of a step on this rank, forward and backward or forward only.
 
-    `stages`: the pieces of the model that this rank holds, in order.
+    Args:
+        stages: the pieces of the model that this rank holds, in order.
+        context_index: this rank's place among those that share its rows.
     """
 
-    def __init__(self, stages: Sequence[Stage], layout: Layout, device: torch.device) -> None:
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        layout: Layout,
+        device: torch.device,
+        context_index: int = 0,
+    ) -> None:
         self.stages, self.layout, self.device = list(stages), layout, device
+        # Forwards before the first backward; None: in Megatron's order, which is 0 for one stage.
+        self.ahead = forwards_before_backward(layout, context_index)
         self.calls = 0  # how often Megatron's schedule ran
 
     def run(
@@ -160,7 +172,10 @@ class Schedule:
         interleaved = len(self.stages) > 1
         batches = [iter(micro_batches) for _ in self.stages]
         with whole, compat.cuda_literals(), torch.set_grad_enabled(train):
-            get_forward_backward_func()(
+            drive = get_forward_backward_func()
+            if train and self.ahead is not None:
+                drive = partial(forwards_ahead, self.ahead)
+            drive(
                 forward_step_func=forward_step,
                 data_iterator=batches if interleaved else batches[0],
                 model=self.stages if interleaved else self.stages[0],
@@ -172,6 +187,39 @@ class Schedule:
             )
         self.calls += 1
         return _totals(losses)
+
+
+def forwards_before_backward(layout: Layout, context_index: int) -> int | None:
+    """How many forwards a context rank is ahead of its backwards; None where Megatron decides.
+
+    skewed: 1F1B with the context rank as if it were a stage; the last rank's first backward is the
+    first that anyone waits for (the wavefront's skew is paid once a step).
+    """
+    order = layout.parallel.order
+    if order == "FFBB":
+        return layout.micro_batches * layout.parallel.segments
+    return layout.context - 1 - context_index if order == "skewed" else None
+
+
+def forwards_ahead(
+    ahead: int,
+    *,
+    forward_step_func: Callable[..., tuple[torch.Tensor, Any]],
+    data_iterator: Iterator[Batch],
+    model: Stage,
+    num_microbatches: int,
+    **others: Any,
+) -> None:
+    """Megatron's schedule of one stage, with each backward `ahead` forwards behind its own."""
+    waiting: deque[torch.Tensor] = deque()
+    context = parallel_state.get_context_parallel_world_size()
+    for _ in range(num_microbatches):
+        terms, loss = forward_step_func(data_iterator, model)
+        waiting.append(loss(terms)[0] * context / num_microbatches)
+        if len(waiting) > ahead:
+            torch.autograd.backward(waiting.popleft())
+    while waiting:
+        torch.autograd.backward(waiting.popleft())
 
 
 def sum_tied(gradients: Iterable[tuple[str, torch.Tensor]]) -> None:
