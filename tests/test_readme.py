@@ -61,6 +61,7 @@ RUN = {
     "titans-pretrain generate": "--tokens 4",
     "titans-pretrain bench memory": "--quick --repeats 1",
     "titans-pretrain bench step": f"--steps 1 --warm-up 0 {SMALL_MODEL}",
+    "titans-pretrain bench wave": "--ranks 2 --layers 2 --micro-batches 1",
     "titans-pretrain bench save": f"--saves 1 {SMALL_MODEL}",
     "titans-pretrain bench data": "--help",  # its own test runs it: it judges the machine's speed
     "titans-pretrain gpu-check": "--help",  # minutes, and held by its own test

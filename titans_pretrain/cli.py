@@ -33,6 +33,7 @@ _BENCHMARKS = {
     "data": "titans_pretrain.data.benchmark",
     "step": "titans_pretrain.measure.step_benchmark",
     "save": "titans_pretrain.measure.save_benchmark",
+    "wave": "titans_pretrain.measure.wave_benchmark",
 }
 
 
@@ -124,7 +125,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--sequence-length", type=int, metavar="T", help="also how rows of T tokens are filled"
     )
     inspect.set_defaults(run=_inspect)
-    bench = commands.add_parser("bench", help="measure the memory, the data, a step or a save")
+    bench = commands.add_parser(
+        "bench", help="measure the memory, the data, a step, a save or the wavefront"
+    )
     bench.add_argument("what", choices=sorted(_BENCHMARKS))
     bench.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on; try --help")
     bench.set_defaults(run=_bench)

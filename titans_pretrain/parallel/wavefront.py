@@ -1,0 +1,170 @@
+"""How long context ranks wait for one another: a simulation of the wavefront, and its formulas.
+
+A rank of the chain goes through its micro-batches' layers in order. A layer's task is work before
+the memory, a wait for the neighbour's state, the memory, the hand-on, work after it. Forwards hand
+on from rank r - 1 to r, backwards from r + 1 to r. Pure arithmetic: no rank runs.
+
+Letters: R context ranks, M micro-batches, L layers (of a pipeline stage), S stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Order = Literal["F", "FB", "FFBB", "skewed"]  # F: forwards alone, as in validation
+Way = Literal["F", "B"]
+Tag = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Seconds of one layer of one micro-batch: before the wait, from it to the hand-on, after."""
+
+    before: float
+    memory: float
+    after: float
+
+    @property
+    def whole(self) -> float:
+        return self.before + self.memory + self.after
+
+
+@dataclass(frozen=True)
+class Wave:
+    """What a simulation found."""
+
+    seconds: float  # until the last rank is done; inf: they wait for one another for ever
+    busy: float  # seconds of work of a rank, on average
+    alive: int  # micro-batches whose activations a rank holds at once, at most
+
+    @property
+    def idle(self) -> float:
+        """The share of the time in which a rank waits."""
+        return 1 - self.busy / self.seconds
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What goes along a chain of context ranks in one step.
+
+    segments: so many consecutive micro-batches are stretches of the same rows: what the last rank
+    leaves is what the first begins the next one with. blocking: a send waits for its receive.
+    """
+
+    ranks: int
+    micro_batches: int
+    layers: int
+    forward: Task
+    backward: Task
+    order: Order = "FB"
+    stages: int = 1
+    segments: int = 1
+    blocking: bool = False
+
+    def task(self, way: Way) -> Task:
+        return self.forward if way == "F" else self.backward
+
+
+def program(c: Chain, rank: int, stage: int = 0) -> list[tuple[Way, int]]:
+    """The forwards and backwards of a rank in its order: (way, micro-batch)."""
+    M = c.micro_batches
+    if c.order == "F":
+        return [("F", i) for i in range(M)]
+    if c.order == "FFBB":
+        return [*(("F", i) for i in range(M)), *(("B", i) for i in range(M))]
+    # One stage's FB is 1F1B without warm-up; the skewed order counts context ranks as stages.
+    ahead = c.stages - 1 - stage + (c.ranks - 1 - rank if c.order == "skewed" else 0)
+    ahead = min(M - 1, ahead)
+    ops: list[tuple[Way, int]] = [("F", i) for i in range(ahead)]
+    for i in range(M):
+        ops += [("F", i + ahead)] * (i + ahead < M)
+        ops.append(("B", i))
+    return ops
+
+
+def simulate(c: Chain) -> Wave:
+    """Plays the step through."""
+    lanes = {
+        (stage, rank): _Lane(list(_acts(c, rank, stage)))
+        for stage in range(c.stages)
+        for rank in range(c.ranks)
+    }
+    done: dict[Tag, float] = {}
+    went = True
+    while went:
+        went = sum(lane.go_on(done) for lane in lanes.values()) > 0
+    alive = max(_alive(program(c, rank, stage)) for stage, rank in lanes)
+    busy = sum(lane.busy for lane in lanes.values()) / len(lanes)
+    if any(lane.acts for lane in lanes.values()):
+        return Wave(float("inf"), busy, alive)
+    return Wave(max(lane.now for lane in lanes.values()), busy, alive)
+
+
+class _Lane:
+    """A rank's clock, and what it still has to do."""
+
+    def __init__(self, acts: list[tuple[str, object]]) -> None:
+        self.acts, self.now, self.busy = acts[::-1], 0.0, 0.0
+
+    def go_on(self, done: dict[Tag, float]) -> bool:
+        """Goes as far as what is done lets it; whether it went at all."""
+        before = len(self.acts)
+        while self.acts:
+            act, what = self.acts[-1]
+            if act == "work":
+                assert isinstance(what, float)
+                self.now, self.busy = self.now + what, self.busy + what
+            elif act == "tell":
+                done[what] = self.now  # type: ignore[index]
+            elif what not in done:
+                break
+            else:
+                self.now = max(self.now, done[what])
+            self.acts.pop()
+        return len(self.acts) < before
+
+
+def _acts(c: Chain, rank: int, stage: int) -> Iterator[tuple[str, object]]:
+    """What a rank does, in order: work for so long, tell, await."""
+    for way, i in program(c, rank, stage):
+        step = 1 if way == "F" else -1
+        layers = range(c.layers)[::step]
+        task, source, target = c.task(way), rank - step, rank + step
+        if c.stages > 1 and 0 <= stage - step < c.stages:
+            yield "await", ("stage", way, i, stage - step, rank)
+        for layer in layers:
+            here = (way, i, layer, stage)
+            yield "work", float(task.before)
+            if 0 <= source < c.ranks:
+                yield "tell", ("listening", *here, rank)
+                yield "await", ("state", *here, source)
+            elif way == "F" and i % c.segments:
+                yield "await", ("state", way, i - 1, layer, stage, c.ranks - 1)
+            yield "work", float(task.memory)
+            yield "tell", ("state", *here, rank)
+            if c.blocking and 0 <= target < c.ranks:
+                yield "await", ("listening", *here, target)
+            yield "work", float(task.after)
+        yield "tell", ("stage", way, i, stage, rank)
+
+
+def _alive(ops: list[tuple[Way, int]]) -> int:
+    alive = most = 0
+    for way, _ in ops:
+        alive += 1 if way == "F" else -1
+        most = max(most, alive)
+    return most
+
+
+def formula(c: Chain) -> float:
+    """Seconds of the step in closed form, for one stage, one segment and sends that do not block:
+    the skew of R - 1 memories is paid once a step, in FB once a micro-batch."""
+    skew: Mapping[str, float] = {
+        "F": (c.ranks - 1) * c.forward.memory,
+        "FB": c.micro_batches * (c.ranks - 1) * (c.forward.memory + c.backward.memory),
+    }
+    both = (c.ranks - 1) * (c.forward.memory + c.backward.memory)
+    work = c.forward.whole + (c.backward.whole if c.order != "F" else 0.0)
+    return c.micro_batches * c.layers * work + skew.get(c.order, both)
