@@ -67,7 +67,7 @@ def test_a_stopped_rank_is_named_by_the_other(
     assert re.search(rf"^why:        {named}", report, re.MULTILINE)
     assert re.search(rf"waited for:\n  {named}", report)
     assert f"rank {1 - stopped} of 2" in report.splitlines()[0]
-    waits = re.search(r"waits in:   (\w+) of float\d\d\[\d+\] in group \w+ of ranks 0, 1", report)
+    waits = re.search(r"waits in:   (\w+) of float\d\d\[\d*\] in group \w+ of ranks 0, 1", report)
     assert waits is not None
     assert f"in {waits[1]}\n" in report[report.index("thread MainThread") :]
     assert "flight recorder, what is not done" in report
