@@ -78,15 +78,14 @@ def build_pieces(
             shard_model(model, layout, style, names)
         model = model.to_empty(device=device)
         model.recompute = recompute
-        shards = shards_of(model, shapes, style, layout, rank, names)
-        mark(model, shards, style)
-        fill(model, shards, lambda name, shape: draw(config, name, shape, seed))
         built.append(Piece(model, first, last))
     root = built[0].model if len(built) == 1 else nn.ModuleList(p.model for p in built)
-    all_shards = shards_of(root, shapes, style, layout, rank, _by_root(root, names))
+    shards = shards_of(root, shapes, style, layout, rank, _by_root(root, names))
+    mark(root, shards, style)
+    fill(root, shards, lambda name, shape: draw(config, name, shape, seed))
     # A tied head on another stage than the embedding: equal values, equal gradients.
-    tied = tuple(path for path in all_shards if path.endswith(HEAD)) if names else ()
-    return Pieces(tuple(built), root, all_shards, tied)
+    tied = tuple(path for path in shards if path.endswith(HEAD)) if names else ()
+    return Pieces(tuple(built), root, shards, tied)
 
 
 def _by_root(root: nn.Module, names: dict[str, str]) -> dict[str, str]:

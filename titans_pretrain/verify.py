@@ -32,6 +32,7 @@ from titans_pretrain.errors import EXIT_DONE, EXIT_OTHER, ConfigError
 from titans_pretrain.feed import open_stream, with_vocabulary
 from titans_pretrain.launch.local import launch
 from titans_pretrain.measure.made import made_batches
+from titans_pretrain.measure.step_benchmark import prepared
 from titans_pretrain.model.loss import token_loss, z_penalty
 from titans_pretrain.model.titans import TitansLM, initialise, kind
 from titans_pretrain.parallel.layout import Fragment, Layout, plan_layout
@@ -234,9 +235,7 @@ Rows = Iterator[list[Batch]]
 def rows_of(config: RunConfig, world: World, made: bool) -> tuple[RunConfig, Rows, Rows]:
     """The config with its vocabulary; each step's micro-batches of this rank, and of all ranks."""
     place, ranks = world.place.data, world.layout.data_parallel
-    paths = [source.path for source in config.data.sources.values()]
-    there = all("://" in p or (Path(p) / "manifest.json").exists() for p in paths)
-    if not made and there:
+    if not made and prepared(config):
         stream = world.agree(lambda: open_stream(config, world))
         config = with_vocabulary(config, stream)
         alone = open_batches(

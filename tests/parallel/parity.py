@@ -98,13 +98,7 @@ def divided(
         recompute=config.train.recompute == "blocks",
         sequence_length=config.data.sequence_length,
     )
-    for piece in pieces:
-        shards = {p: s for p, s in pieces.shards.items() if len(pieces.pieces) == 1}
-        if not shards:
-            number = str(pieces.pieces.index(piece))
-            own = {p: s for p, s in pieces.shards.items() if p.partition(".")[0] == number}
-            shards = {path.partition(".")[2]: shard for path, shard in own.items()}
-        fill(piece.model, shards, lambda name, shape: values[name])
+    fill(pieces.root, pieces.shards, lambda name, shape: values[name])
     share = layout.tensor > 1
     loss = vocabulary_loss if share else token_loss
     z = (config.train.z_loss, vocabulary_penalty if share else z_penalty)
