@@ -55,6 +55,25 @@ CASES: dict[str, dict] = {
         "persistent_tokens": 1,
         "memory": {"chunk": 2, "read": "exclusive"},
     },
+    "mac-blocks": {
+        "segment": 8,
+        "width": 16,
+        "heads": 4,
+        "kv_heads": 2,
+        "persistent_tokens": 2,
+        "memory": {"chunk": 4, "projections": "block_diagonal"},
+    },
+    "mac-blocks-learned": {
+        "segment": 4,
+        "heads": 2,
+        "persistent_tokens": 2,
+        "memory": {
+            "chunk": 2,
+            "projections": "block_diagonal",
+            "retrieved": "learned",
+            "learned_queries": 3,
+        },
+    },
     "transformer-grouped": {"variant": "transformer", "heads": 6, "kv_heads": 2, "window": 6},
     "mac-grouped": {
         "segment": 8,

@@ -202,11 +202,21 @@ def mal(config: ModelConfig, p: P, x: list[Tensor]) -> list[Tensor]:
 
 
 def mac(config: ModelConfig, p: P, x: list[Tensor]) -> list[Tensor]:
+    maps = {n: p[f"attention.{n}.weight"] for n in "kv"}
+    retrieved = maps
+    if config.memory.projections == "block_diagonal":
+        names = ["attention.o.weight", *(f"memory.{n}.weight" for n in ("q", "k", "v", "gates"))]
+        p = {**p, **{n: torch.block_diag(*p[n].chunk(config.heads)) for n in names}}
+        kv_heads = config.kv_heads or config.heads
+        own = torch.block_diag(
+            *torch.ones(kv_heads, maps["k"].shape[0] // kv_heads, config.width // kv_heads)
+        )
+        retrieved = {n: w * own for n, w in maps.items()}
     H, G, memory = config.heads, config.segment, Memory(config, p)
     asked, out = Stream(p, "q", H, True), []
 
-    def key_value(u: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        k, v = (shared(config, p[f"attention.{n}.weight"] @ u) for n in "kv")
+    def key_value(u: Tensor, position: int, maps: P = maps) -> tuple[Tensor, Tensor]:
+        k, v = (shared(config, maps[n] @ u) for n in "kv")
         return turned(k, position, config), v
 
     for t, u in enumerate(x):
@@ -217,13 +227,13 @@ def mac(config: ModelConfig, p: P, x: list[Tensor]) -> list[Tensor]:
             if config.memory.retrieved == "learned":
                 for row in p["asked"].transpose(0, 1):
                     query = row / row.norm(dim=-1, keepdim=True)
-                    context.append(key_value(memory.ask(query, frozen).flatten(), 0))
+                    context.append(key_value(memory.ask(query, frozen).flatten(), 0, retrieved))
         query = asked(u)
         if config.memory.retrieved != "learned":
             pending.append(query)
             if len(pending) == (2 if config.memory.retrieved == "pool2" else 1):
                 h = memory.ask(sum(pending) / len(pending), frozen)
-                context.append(key_value(h.flatten(), i))
+                context.append(key_value(h.flatten(), i, retrieved))
                 pending = []
         segment.append(key_value(u, i))
         keys, values = zip(*context, *segment)

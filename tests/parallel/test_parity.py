@@ -61,6 +61,11 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
         "mac",
         {"model__memory__retrieved": "learned", "model__memory__learned_queries": 3},
     ),
+    "own features": ("mac", {"model__memory__projections": "block_diagonal"}),
+    "own features, grouped": (
+        "mac",
+        {"model__memory__projections": "block_diagonal", "model__kv_heads": 4},
+    ),
     "pooled queries": ("mac", {"model__memory__retrieved": "pool2"}),
     "no inner norm": ("lmm", {"model__memory__residual_norm": False}),
     "no persistent tokens": ("mag", {"model__persistent_tokens": 0}),

@@ -28,6 +28,9 @@ class MemoryConfig(Section):
     read: Literal["inclusive", "exclusive"] = "inclusive"  # read at W_t or at W_{t-1}
     retrieved: Literal["pool1", "pool2", "learned"] = "pool1"  # MAC: where memory tokens come from
     learned_queries: Positive = 256  # MAC with retrieved=learned: memory tokens a segment
+    # MAC: between attention and the block's output a head sees all heads, or its own features only
+    # (a deviation from the paper, which then takes no collective under tensor parallelism there).
+    projections: Literal["dense", "block_diagonal"] = "dense"
 
 
 class ModelConfig(Section):
@@ -98,6 +101,12 @@ class ModelConfig(Section):
                 f"model.dropout={self.dropout}; there is no dropout: its random states, one a rank "
                 "(Megatron's RNG tracker), would have to be kept over recompute and in checkpoints "
                 "for a run to resume exactly; remove model.dropout"
+            )
+        if self.variant != "mac" and self.memory.projections == "block_diagonal":
+            raise ValueError(
+                f"model.memory.projections=block_diagonal, model.variant={self.variant}; it saves "
+                "the collectives between attention and memory, which MAC alone has; remove "
+                "model.memory.projections, or set model.variant=mac"
             )
         chunk = self.memory.chunk
         if self.variant == "mac" and self.segment % chunk:

@@ -135,6 +135,36 @@ class WideLinear(nn.Linear):
         return F.linear(x.to(dtype), self.weight.to(dtype), bias)
 
 
+def per_head(x: Tensor, weight: Tensor) -> Tensor:
+    """Each head's own features alone: x [.., H*a], weight [H*o, a] -> [.., H*o]."""
+    weight = weight.to(x.dtype).unflatten(0, (x.shape[-1] // weight.shape[1], -1))
+    return torch.einsum("...ha,hoa->...ho", x.unflatten(-1, (len(weight), -1)), weight).flatten(-2)
+
+
+class HeadLinear(nn.Module):
+    """A block-diagonal linear layer: `inputs` to `outputs` features of each of `heads` heads. A cut
+    of its weight by rows is a cut by heads. Computes in the dtype of its input."""
+
+    def __init__(
+        self,
+        heads: int,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(heads * outputs, inputs, **where))
+        self.bias = nn.Parameter(torch.empty(heads * outputs, **where)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = per_head(x, self.weight)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
 @dataclass(frozen=True)
 class Rates:
     """The gates of the inner update, each [N, H, T, L]: step, forgetting, momentum."""
@@ -147,7 +177,8 @@ class Rates:
 class MemoryLayer(nn.Module):
     """The projections round a neural memory with `heads` heads, and its learned first weights.
 
-    `output_gate` adds the gate that LMM takes from the block's input.
+    `output_gate` adds the gate that LMM takes from the block's input. With `own_features` a head's
+    queries, keys, values and gates come from its own features alone, not from all of the input.
     """
 
     def __init__(
@@ -158,6 +189,7 @@ class MemoryLayer(nn.Module):
         *,
         eps: float = 1e-5,
         output_gate: bool = False,
+        own_features: bool = False,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -167,14 +199,21 @@ class MemoryLayer(nn.Module):
         self.spec = spec
         self.head_width = d
         self.name = ""  # by which observe_memory reports; the model sets it
-        self.q = nn.Linear(width, width, bias=False, **where)
-        self.k = nn.Linear(width, width, bias=False, **where)
-        self.v = nn.Linear(width, width, bias=False, **where)
+        self.q, self.k, self.v = (
+            HeadLinear(heads, d, d, **where)
+            if own_features
+            else nn.Linear(width, width, bias=False, **where)
+            for _ in range(3)
+        )
         self.q_conv = CausalConv(width, **where)
         self.k_conv = CausalConv(width, **where)
         self.v_conv = CausalConv(width, **where)
         # Outputs ordered [H, L, (theta, alpha, eta)]: a cut by rows is a cut by heads.
-        self.gates = WideLinear(width, heads * L * 3, **where)
+        self.gates = (
+            HeadLinear(heads, d, L * 3, bias=True, **where)
+            if own_features
+            else WideLinear(width, heads * L * 3, **where)
+        )
         self.initial = nn.ParameterList(
             torch.empty(heads, a, o, **where) for a, o in spec.shapes(d)
         )
@@ -210,7 +249,9 @@ class MemoryLayer(nn.Module):
 
         theta never exceeds what keeps a chunk of stale gradients at unit keys stable.
         """
-        raw = self.gates(x).unflatten(-1, (-1, self.spec.depth, 3)).transpose(1, 2)
+        raw = (
+            self.gates(x.to(wide(x.dtype))).unflatten(-1, (-1, self.spec.depth, 3)).transpose(1, 2)
+        )
         step, alpha, eta = torch.sigmoid(raw).unbind(-1)
         return Rates(step * ((1 - eta) / self.spec.chunk).clamp(max=1 / 64), alpha, eta)
 

@@ -102,7 +102,7 @@ class Attention(nn.Module):
         self.q = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
         self.k = nn.Linear(width, kv_width, bias=False, device=device, dtype=dtype)
         self.v = nn.Linear(width, kv_width, bias=False, device=device, dtype=dtype)
-        self.o = None
+        self.o: nn.Module | None = None
         if output:
             self.o = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
 

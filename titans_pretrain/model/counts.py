@@ -28,6 +28,9 @@ def parameter_count(config: ModelConfig) -> dict[str, int]:
         memory = maps * D * D + 3 * WIDTH * D + gates + D  # + convolutions, and the read's norm
         memory += 2 * D * config.memory.residual_norm
         fast = H * sum(a * o for a, o in _shapes(config))
+    if config.memory.projections == "block_diagonal":  # attention.o; q, k, v and gates
+        attention -= D * D - D * config.head_width
+        memory -= (3 * D + 3 * H * L) * (D - config.head_width)
     if config.variant in ("mac", "mag", "mal"):
         memory += config.persistent_tokens * D
     if config.variant == "mac" and config.memory.retrieved == "learned":
@@ -101,6 +104,11 @@ def flops_per_token(
         mapped = 4.0 * D * (D + kv) + 4.0 * D * kv * (R / G + P / T)
         flops["attention_maps"], flops["attention"] = mapped, 4.0 * D * seen
         flops["retrieval"] = H * 2.0 * products * R / G
+        if spec.projections == "block_diagonal":  # a head's d features in place of all D
+            saved = 2.0 * D * (D - config.head_width)
+            flops["memory_maps"] *= config.head_width / D
+            flops["memory_maps"] += saved  # but `out` is whole
+            flops["attention_maps"] -= saved + 2.0 * (2.0 * D * (kv - config.head_width)) * R / G
     total = {part: config.blocks * n for part, n in flops.items()}
     total["head"] = 2.0 * D * (config.vocab_size or 0)
     return total

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_pretrain.config import ModelConfig
-from titans_pretrain.memory.layer import MemoryLayer
+from titans_pretrain.memory.layer import HeadLinear, MemoryLayer, per_head
 from titans_pretrain.memory.state import MemoryState, concatenate
 from titans_pretrain.model.blocks import Attention, rotate
 from titans_pretrain.model.packing import SegmentPlan, SegmentStep, move, segment_plan
@@ -46,6 +46,12 @@ class MacMixer(nn.Module):
     Attention is one layer, so the outputs of persistent and h rows are never needed: these rows
     are keys and values alone. Persistent keys are not rotated; h has the position of its last
     query; positions count from the segment's start.
+
+    Whoever shards the heads pays for h and Y, which all heads read in full: in each segment h is
+    gathered and Y summed, and in the backward the same again. With block-diagonal projections a
+    head reads its own features alone, of X where it asks, of h (by the blocks of attention's k and
+    v that map its features to its keys and values), of what attention read, and of Y: nothing
+    crosses heads before `out`, and nothing is gathered or summed.
     """
 
     def __init__(
@@ -58,7 +64,11 @@ class MacMixer(nn.Module):
     ) -> None:
         super().__init__()
         D, d = config.width, config.head_width
-        self.attention = Attention(D, d, config.kv_width, device=device, dtype=dtype)
+        self.own_features = config.memory.projections == "block_diagonal"
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.attention = Attention(D, d, config.kv_width, output=not self.own_features, **where)
+        if self.own_features:
+            self.attention.o = HeadLinear(config.heads, d, d, **where)
         self.memory = memory
         self.segment, self.pool = config.segment, POOL[config.memory.retrieved]
         self.persistent = self.asked = None
@@ -70,7 +80,8 @@ class MacMixer(nn.Module):
             self.asked = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         # Where features of all heads meet those of one's own, for whoever shards the heads:
         self.gather_heads = nn.Identity()  # h before the attention's projections
-        self.scatter_heads = nn.Identity()  # Y before the product with what its heads read
+        # Y before the product with what its heads read; block-diagonal: what own features are of
+        self.scatter_heads = nn.Identity()
         self.seam = Seam()
 
     def forward(
@@ -88,6 +99,7 @@ class MacMixer(nn.Module):
         if self.pool is not None:
             before = None if state is None else state.asked_tail
             tied, before = seam.take("asked", x, before, lambda: m.tail(len(x)))
+            tied = self.scatter_heads(tied) if self.own_features else tied
             asked, asked_tail = m.queries(tied, plan.rows, before)
             asked = seam.give("asked", asked, asked_tail)
             queries = [part[0] for part in _slots(asked[None], plan)]
@@ -124,7 +136,8 @@ class MacMixer(nn.Module):
             v_m, v_tail = m.values(y, step.conv, tails[2])
             read, memory = m.write(q_m, k_m, v_m, m.rates(y), step.memory, memory)
             gate = torch.sigmoid(m.normed(read)).to(y.dtype)
-            outputs.append((self.scatter_heads(y) * gate).flatten(0, 1))
+            y = y if self.own_features else self.scatter_heads(y)
+            outputs.append((y * gate).flatten(0, 1))
 
             tails = (q_tail, k_tail, v_tail)
             if (carry or seam.gives) and len(step.closing):
@@ -160,9 +173,20 @@ class MacMixer(nn.Module):
         if self.pool is not None and self.pool > 1:
             query = query.unflatten(2, (-1, self.pool)).mean(3)
         h = m.retrieve(query, frozen).transpose(1, 2).flatten(-2).to(dtype)  # [n, r, H*d]
-        h = self.gather_heads(h)
+        if self.own_features:
+            k, v = (per_head(h, self._blocks(maps.weight)) for maps in (a.k, a.v))
+        else:
+            h = self.gather_heads(h)
+            k, v = a.k(h), a.v(h)
         cos, sin = (t[:, :, slice(*step.retrieved)] for t in plan.retrieved_rotation)
-        return torch.stack((rotate(a.heads(a.k(h)), (cos, sin)), a.heads(a.v(h))))
+        return torch.stack((rotate(a.heads(k), (cos, sin)), a.heads(v)))
+
+    def _blocks(self, weight: Tensor) -> Tensor:
+        """Of attention's k or v [K*d, D] what maps the features of the H / K heads that share a key
+        to it: [K*d, H/K*d]."""
+        own = self.scatter_heads(weight).unflatten(0, (-1, self.attention.head_width))
+        blocks = own.unflatten(2, (len(own), -1)).diagonal(dim1=0, dim2=2)  # [d, H/K*d, K]
+        return blocks.movedim(-1, 0).flatten(0, 1)
 
     def _blank(self, x: Tensor) -> MacState:
         """The state of rows that have seen no token."""

@@ -149,7 +149,13 @@ def memory_layer(config: ModelConfig, *, output_gate: bool, **where: Any) -> Mem
         read=c.read,
     )
     return MemoryLayer(
-        config.width, config.heads, spec, eps=config.norm_eps, output_gate=output_gate, **where
+        config.width,
+        config.heads,
+        spec,
+        eps=config.norm_eps,
+        output_gate=output_gate,
+        own_features=c.projections == "block_diagonal",
+        **where,
     )
 
 

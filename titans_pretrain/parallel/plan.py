@@ -74,8 +74,10 @@ def _attention(out: Style) -> list[Row]:
     return [*rows, Row("attention.o.weight", out)]
 
 
-def _memory(config: ModelConfig, out: Style, *, output_gate: bool) -> list[Row]:
-    rows = [Row(f"memory.{name}.weight", "col") for name in "qkv"]
+def _memory(
+    config: ModelConfig, out: Style, *, output_gate: bool, maps: Style = "col"
+) -> list[Row]:
+    rows = [Row(f"memory.{name}.weight", maps) for name in "qkv"]
     rows += [
         Row("memory.?_conv.weight", "heads"),
         Row("memory.gates.*", "heads"),  # outputs are ordered by head
@@ -104,8 +106,10 @@ def _lmm(config: ModelConfig) -> list[Row]:
 
 
 def _mac(config: ModelConfig) -> list[Row]:
-    # The memory reads what attention says in full: `attention.o` ends nothing.
-    rows = _attention("row_inside") + _memory(config, "row", output_gate=False)
+    if config.memory.projections == "block_diagonal":  # nothing crosses heads
+        rows = _attention("heads") + _memory(config, "row", output_gate=False, maps="heads")
+    else:  # the memory reads what attention says in full: `attention.o` ends nothing
+        rows = _attention("row_inside") + _memory(config, "row", output_gate=False)
     if config.memory.retrieved == "learned":
         rows.append(Row("asked", "heads"))
     return rows + _persistent(config)
