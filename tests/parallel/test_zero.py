@@ -19,18 +19,28 @@ from titans_pretrain.measure.footprint import held_bytes
 # itself, its weights changed by 1e-7, goes 3e-3 of its way elsewhere in 20 steps; so it is 3e-5.
 WELL_CONDITIONED = {"model__width": 64, "model__heads": 4, "optim__lr": 3e-3}
 
+# Small parameters stay whole by default, and these models have no others.
+ALL_DIVIDED = {"stage": 3, "whole_below": 0}
+
 # Ranks and degrees.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP2 Z1": (2, {"zero": {"stage": 1}}),
     "DP2 Z2": (2, {"zero": {"stage": 2}}),
     "DP2 Z3": (2, {"zero": {"stage": 3}}),
+    "DP2 Z3, all divided": (2, {"zero": ALL_DIVIDED}),
     "DP2 Z1 offloaded": (2, {"zero": {"stage": 1, "offload": True}}),
     "DP2 Z2 offloaded": (2, {"zero": {"stage": 2, "offload": True}}),
     "DP2 Z3 offloaded": (2, {"zero": {"stage": 3, "offload": True}}),
+    "DP2 Z3 offloaded, all divided": (2, {"zero": {**ALL_DIVIDED, "offload": True}}),
+    "DP2 Z3 overlapped, all divided": (
+        2,
+        {"zero": {**ALL_DIVIDED, "overlap": True, "bucket": 5000}},
+    ),
+    "DP4 Z3 in pairs": (4, {"zero": {**ALL_DIVIDED, "copy_within": 2}}),
     "DP2 Z2 overlapped": (2, {"zero": {"stage": 2, "overlap": True, "bucket": 5000}}),
     "TP2 DP2 Z1": (4, {"tensor": 2}),
     "TP2 DP2 Z2": (4, {"tensor": 2, "zero": {"stage": 2}}),
-    "TP2+SP DP2 Z3": (4, {"tensor": 2, "sequence": True, "zero": {"stage": 3}}),
+    "TP2+SP DP2 Z3": (4, {"tensor": 2, "sequence": True, "zero": ALL_DIVIDED}),
     "PP2 x 2": (2, {"pipeline": 2, "interleave": 2}),
     "PP2 DP2": (4, {"pipeline": 2}),
     "TP2 PP2+SP": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
@@ -41,7 +51,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("variant", ["transformer", "lmm", "mag", "mal"])
 def test_twenty_steps_of_every_variant_under_zero_3(variant: str) -> None:
-    config = parity_config(variant, {"zero": {"stage": 3}}, **WELL_CONDITIONED)
+    config = parity_config(variant, {"zero": ALL_DIVIDED}, **WELL_CONDITIONED)
     assert_equals_one_plain_process(config, 2)
 
 
@@ -102,6 +112,7 @@ def held(config: RunConfig) -> tuple[dict[str, int], int]:
         ({"zero": {"stage": 1}}, 2, 1, 2),
         ({"zero": {"stage": 2}}, 2, 1, 2),
         ({"zero": {"stage": 3}}, 2, 2, 2),
+        ({"zero": ALL_DIVIDED}, 2, 2, 2),
         ({"tensor": 2}, 4, 2, 4),
     ],
 )
@@ -112,6 +123,6 @@ def test_bytes_a_rank_holds_are_those_of_the_arithmetic(
     is not divided among tensor-parallel ranks, and padding, make up the rest."""
     config = parity_config("lmm", parallel, model__width=128, model__heads=4, model__mlp_width=512)
     for found, whole in run_world(held, ranks, config):
-        gathered = 4 * whole if parallel.get("zero", {}).get("stage") == 3 else 0
+        gathered = 4 * whole if parallel.get("zero") == {"stage": 3} else 0
         assert found["parameters"] - gathered == pytest.approx(4 * whole / kept, rel=0.02)
         assert found["optimizer state"] == pytest.approx(12 * whole / divided, rel=0.02)

@@ -77,6 +77,8 @@ class ZeroConfig(Section):
     # Neighbouring ranks that hold a whole copy of the parameters between them, e.g. those of a
     # node; stage 3 (hpZ of ZeRO++, arXiv 2306.10209). 1: all ranks share one.
     copy_within: Positive = 1
+    # Parameters of fewer elements than this every rank keeps whole; stage 3 (one collective each).
+    whole_below: NonNegative = 100_000
 
 
 class ParallelConfig(Section):

@@ -168,6 +168,8 @@ class ZeroOptimizer:
                 "device": "cpu",
                 "pin_memory": torch.cuda.is_available(),
             }
+        if zero.stage == 3:
+            settings["stage3_param_persistence_threshold"] = zero.whole_below
         if zero.copy_within > 1:
             settings["zero_hpz_partition_size"] = zero.copy_within
         return settings
