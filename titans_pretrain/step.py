@@ -96,9 +96,12 @@ class TrainStep:
         self.link: Link | None = None
         segments = config.parallel.segments
         if layout.context * segments > 1:
-            self.link = Link.join(context_ranks(), world.device, segments=segments)
-            for piece in self.pieces:
-                hand_on(piece.model, self.link)
+            interleave = config.parallel.interleave
+            self.link = Link.join(
+                context_ranks(), world.device, segments=segments, pieces=interleave
+            )
+            for number, piece in enumerate(self.pieces):
+                hand_on(piece.model, self.link, number)
         o = config.optim
         self.groups = param_groups(self.model.named_parameters(), kind, o)
         self.scales = [g["lr_scale"] for g in self.groups]

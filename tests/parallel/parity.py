@@ -109,9 +109,10 @@ def divided(
     batches = micro_batches(config, 1, place.data, layout.data_parallel)
     segments = config.parallel.segments
     if layout.context * segments > 1:
-        link = Link.join(context_ranks(), world.device, timeout_s=100, segments=segments)
-        for piece in pieces:
-            hand_on(piece.model, link)
+        join = {"segments": segments, "pieces": config.parallel.interleave}
+        link = Link.join(context_ranks(), world.device, timeout_s=100, **join)
+        for number, piece in enumerate(pieces):
+            hand_on(piece.model, link, number)
         batches = [shard(b, i, segments) for b in batches for i in range(segments)]
         batches = [shard(b, link.index, link.size) for b in batches]
     labels = sum(int(b.loss_mask.sum()) for b in batches) * (place.tensor + place.pipeline == 0)

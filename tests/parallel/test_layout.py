@@ -125,13 +125,6 @@ REFUSED = [
         "data.sequence_length=64",
     ),
     ({"order": "FFBB", "pipeline": 2}, {}, 2, "parallel.order=FFBB", "parallel.order=FB"),
-    (
-        {"pipeline": 2, "interleave": 2, "segments": 2},
-        {"model__blocks": 4},
-        2,
-        "parallel.segments=2, parallel.interleave=2",
-        "parallel.interleave=1",
-    ),
     ({}, {}, 3, "3 data-parallel ranks", "train.global_batch=6"),
     ({}, {"train__ramp": {"start": 2, "steps": 2}}, 2, "train.ramp.start=2", "multiple of 4"),
     (

@@ -84,8 +84,10 @@ SEGMENTED: dict[str, tuple[int, dict[str, Any]]] = {
     "alone": (1, {}),
     "TP2": (2, {"tensor": 2}),
     "PP2": (2, {"pipeline": 2}),
+    "PP2 x 2": (2, {"pipeline": 2, "interleave": 2}),
     "CP2": (2, {"context": 2}),
     "CP2 PP2": (4, {"context": 2, "pipeline": 2}),
+    "CP2 PP2 x 2": (4, {"context": 2, "pipeline": 2, "interleave": 2}),
     "TP2+SP DP2": (4, {"tensor": 2, "sequence": True}),
 }
 

@@ -93,7 +93,8 @@ class ParallelConfig(Section):
     # micro-batch is alive, and ranks wait for one another in each. FF.., BB..: all are alive, and
     # ranks wait once a step. skewed: likewise, with context - rank alive, but sends must not block.
     order: Literal["FB", "FFBB", "skewed"] = "FB"
-    # Stretches of each row that are computed one after another; gradients stop between them.
+    # Stretches of each row that are computed one after another, with what the memories carry on.
+    # Gradients stop between them: their horizon is sequence_length / segments tokens.
     segments: Positive = 1
     zero: ZeroConfig = ZeroConfig()
 

@@ -103,9 +103,9 @@ class ModelSeam(nn.Module):
     reverse of that in forward by data, also between branches that do not depend on one another.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, piece: int = 0) -> None:
         super().__init__()
-        self.link = link
+        self.link, self.round = link, f"round {piece}"
         self.step, self.micro_batch = link.steps, -1
         self.chain: Tensor | None = None
         self.recomputed = False  # the block at hand will be computed again for its backward
@@ -153,7 +153,7 @@ class ModelSeam(nn.Module):
 
     def gives_on(self, way: str) -> bool:
         """Whether what this rank gives goes this way; it goes one way at most."""
-        if way == "round" and self.segment + 1 == self.link.segments:
+        if way == self.round and self.segment + 1 == self.link.segments:
             return False
         return self.link.peers[way][1] is not None
 
@@ -171,7 +171,7 @@ class ModelSeam(nn.Module):
             over = self._over("take", key, tie, tensors)
             self.chain, tie, *taken = _Take.apply(over, self._chain(tie), tie)
         else:
-            taken = link.receive("round", key, _form(tensors), tie.device)
+            taken = link.receive(self.round, key, _form(tensors), tie.device)
         if self.recomputed:
             self.kept[key] = [t.detach().requires_grad_(t.requires_grad) for t in taken]
         return tie, _rebuilt(like, taken)
@@ -180,8 +180,8 @@ class ModelSeam(nn.Module):
         if self.again:
             return tie
         tensors, key = _tensors(state), (self.micro_batch, name, what)
-        if self.gives_on("round"):
-            self.link.send("round", key, tensors)
+        if self.gives_on(self.round):
+            self.link.send(self.round, key, tensors)
         if self.gives_on("forward"):
             over = self._over("give", key, tie, tensors)
             self.chain, tie = _Give.apply(over, self._chain(tie), tie, *tensors)
@@ -211,7 +211,7 @@ class MixerSeam(nn.Module):
     def gives(self) -> bool:
         """Whether anyone reads what is given."""
         (model,) = self._model
-        return model.gives_on("forward") or model.gives_on("round")
+        return model.gives_on("forward") or model.gives_on(model.round)
 
     def take(
         self, what: str, tie: Tensor, state: Any, blank: Callable[[], Any]
@@ -226,15 +226,15 @@ class MixerSeam(nn.Module):
         return model.give(self.name, what, tie, state)
 
 
-def hand_on(model: nn.Module, link: Link) -> None:
+def hand_on(model: nn.Module, link: Link, piece: int = 0) -> None:
     """Puts the link into a model's seams: from then on its forwards are over this rank's share of
-    each row. Once a model; models of one rank (virtual pipeline stages) share the link.
+    each row. Once a model; those of one rank (virtual pipeline stages, `piece`) share the link.
 
     Every forward with gradients needs its backward, then `link.drain()` ends the step.
     """
     names = [name for name, _ in model.named_modules() if name.endswith(".seam")]
     assert names and isinstance(getattr(model, "seam", None), nn.Module), "a model without seams"
-    seam = ModelSeam(link)
+    seam = ModelSeam(link, piece)
     model.seam = seam
     for name in names:
         mixer = name.removesuffix(".seam")

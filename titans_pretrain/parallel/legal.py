@@ -197,16 +197,6 @@ def _order_is_ours(a: Asked) -> Refused | None:
     return None
 
 
-def _segments_in_order(a: Asked) -> Refused | None:
-    p = a.parallel
-    if p.segments == 1 or p.interleave == 1:
-        return None
-    return (
-        f"parallel.segments={p.segments}, parallel.interleave={p.interleave}",
-        "set parallel.interleave=1, or parallel.segments=1",
-    )
-
-
 def _whole_micro_batches(a: Asked) -> Refused | None:
     train, data_parallel = a.config.train, a.data_parallel
     per_round = train.micro_batch * data_parallel
@@ -313,12 +303,6 @@ RULES = (
         "stages have an order of their own; the last context rank ends a segment before the first "
         "begins the next",
         _order_is_ours,
-    ),
-    Rule(
-        "segments above 1 need interleave=1",
-        "states go from a segment to the next in the order of micro-batches, which the pieces of a "
-        "stage interleave",
-        _segments_in_order,
     ),
     Rule(
         "global_batch is a multiple of micro_batch x data-parallel ranks",

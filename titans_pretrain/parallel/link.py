@@ -19,6 +19,8 @@ class Link:
 
     Messages have no tags: both ends work through the same hand-overs in the same order. Each way
     has a process group of its own, so that a send in one never queues behind one in the other.
+    Ways: "forward" and "backward"; with segments "round 0" from the last rank to the first, and
+    "round 1", .. where a rank holds several pieces of the model, which interleave their segments.
     """
 
     def __init__(
@@ -28,26 +30,32 @@ class Link:
         before = ranks[self.index - 1] if self.index else None
         after = ranks[self.index + 1] if self.index + 1 < self.size else None
         # Way -> whom this rank receives from, and whom it sends to.
-        self.peers = {
-            "forward": (before, after),
-            "backward": (after, before),
-            "round": (ranks[-1] if before is None else None, ranks[0] if after is None else None),
-        }
+        around = (ranks[-1] if before is None else None, ranks[0] if after is None else None)
+        self.peers = dict.fromkeys(groups, around)
+        self.peers |= {"forward": (before, after), "backward": (after, before)}
         self.groups = groups
         self.steps = 0  # drained
         self.open: set[tuple[str, Key]] = set()  # takes and gives whose backward is to come
         self.bytes = 0  # sent
         self.log: list[tuple[str, str, Key]] | None = None  # (way, sent or received, key)
         self._sends: list[tuple[dist.Work, Tensor]] = []
-        self._own: deque[Tensor] = deque()  # messages of a chain of one to itself
+        # Messages of a chain of one to itself.
+        self._own: dict[str, deque[Tensor]] = {way: deque() for way in groups}
 
     @staticmethod
     def join(
-        ranks: Sequence[int], device: torch.device, timeout_s: float = 1800, segments: int = 1
+        ranks: Sequence[int],
+        device: torch.device,
+        timeout_s: float = 1800,
+        segments: int = 1,
+        pieces: int = 1,
     ) -> Link:
         """The link of a chain of global ranks; collective over them. segments: so many
-        micro-batches one after another are stretches of the same rows."""
-        ways = ("forward", "backward") if segments == 1 else ("forward", "backward", "round")
+        micro-batches one after another are stretches of the same rows. pieces: of the model on
+        each rank."""
+        ways = ["forward", "backward"]
+        if segments > 1:
+            ways += [f"round {piece}" for piece in range(pieces)]
         wait = timedelta(seconds=timeout_s)
         groups = {
             way: dist.new_group(list(ranks), timeout=wait, use_local_synchronization=True)
@@ -70,7 +78,7 @@ class Link:
         buffer = torch.cat([t.detach().contiguous().view(-1).view(torch.uint8) for t in tensors])
         self._record(way, "sent", key)
         if self.size == 1:
-            self._own.append(buffer)
+            self._own[way].append(buffer)
         elif len(buffer):
             self.bytes += len(buffer)
             work = dist.isend(buffer, target, group=self.groups[way])
@@ -84,7 +92,7 @@ class Link:
         sizes = [shape.numel() * dtype.itemsize for shape, dtype in form]
         self._record(way, "received", key)
         if self.size == 1:
-            buffer = self._own.popleft()
+            buffer = self._own[way].popleft()
         else:
             buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
             if len(buffer):
