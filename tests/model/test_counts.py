@@ -94,15 +94,15 @@ def test_useful_flops_count_the_pairs_that_masks_let_through(case: str) -> None:
     useful = flops_per_token(config, LENGTH, useful=True)
     per_pair = 4 * config.width * config.blocks
     if config.variant == "transformer":
-        mask = torch.ones(LENGTH, LENGTH).tril() if plan.mask is None else plan.mask
+        mask = torch.ones(LENGTH, LENGTH).tril() if plan.mask is None else plan.mask == 0
         assert useful["attention"] * LENGTH == per_pair * int(mask.sum())
     if config.variant in ("mag", "mal"):
         mask = torch.ones(LENGTH, LENGTH).tril()
         if plan.attention.mask is not None:
-            mask = plan.attention.mask.expand(-1, 1, LENGTH, -1)
+            mask = plan.attention.mask.expand(-1, 1, LENGTH, -1) == 0
         assert useful["attention"] * LENGTH == pytest.approx(per_pair * int(mask.sum()))
     if config.variant == "mac":
-        pairs = sum(int(step.mask.sum()) for step in plan.steps)
+        pairs = sum(int((step.mask == 0).sum()) for step in plan.steps)
         assert useful["attention"] * LENGTH == pytest.approx(per_pair * pairs)
     if config.variant != "transformer":
         chunk = config.memory.chunk

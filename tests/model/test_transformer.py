@@ -50,7 +50,7 @@ def test_every_query_sees_a_key() -> None:
     turn = {"head_width": 4, "rope_base": 10.0, "dtype": torch.float64}
     cpu = torch.device("cpu")
     leading = attention_plan(torch.tensor([[-1, 0, 1]]), None, window=None, device=cpu, **turn)
-    assert leading.mask[0, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+    assert (leading.mask[0, 0] == 0).int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
     for window in (None, 2):
         positions = torch.tensor([[-1, 3, 4, -1, 0, 1, -1], [0, 1, 2, 3, -1, -1, -1]])
         plan = attention_plan(
@@ -60,7 +60,7 @@ def test_every_query_sees_a_key() -> None:
             device=cpu,
             **turn,
         )
-        assert plan.mask.any(-1).all()
-        seen = plan.mask[0, 0].int().tolist()
+        assert (plan.mask == 0).any(-1).all()
+        seen = (plan.mask[0, 0] == 0).int().tolist()
         assert seen[1] == ([1, 1, 1, 0, 1] if window is None else [0, 0, 1, 0, 1]) + [0] * 5
         assert seen[5] == [0] * 7 + [1, 1, 0]

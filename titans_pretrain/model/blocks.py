@@ -115,7 +115,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """softmax(q k^T / sqrt(d)) v: q [B, H, T, d], k, v [B, K, S, d] -> [B, T, H*d].
 
-        mask [B or 1, 1, T, S] is True where a query sees a key; each query must see one at least.
+        mask [B or 1, 1, T, S] is added to the scores: -inf where a query does not see a key; each
+        query must see one at least.
         """
         shared = q.shape[1] // k.shape[1]
         if shared > 1:  # written out: with a mask, not every kernel takes grouped heads

@@ -23,7 +23,8 @@ class AttentionPlan:
     """Masked attention over whole rows. S = carried keys + T; before them P of a prefix."""
 
     rotation: Rotation
-    mask: Tensor | None  # [B or 1, 1, T, P + S]; None: plain causal attention says the same
+    # [B or 1, 1, T, P + S], `unseen`; None: plain causal attention says the same
+    mask: Tensor | None
     positions: Tensor  # [B, S - keep] on the CPU: of the keys to carry on
     keep: int  # the first key to carry on
     before: int  # keys before the rows' first token: S - T
@@ -68,7 +69,7 @@ def attention_plan(
     elif prefix:
         mask = torch.ones(1, 1, T, T, dtype=torch.bool, device=device).tril()
     if mask is not None:
-        mask = F.pad(mask, (prefix, 0), value=True)
+        mask = unseen(F.pad(mask, (prefix, 0), value=True), dtype)
     return AttentionPlan(
         rotation=rotation(positions.to(device), head_width, rope_base, dtype),
         mask=mask,
@@ -77,6 +78,14 @@ def attention_plan(
         before=S - T,
         reach=0 if window is None else max(0, S - (window - 1)),
     )
+
+
+def unseen(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """-inf where a query does not see a key, 0 where it does: what attention adds to the scores.
+
+    Formed once for all blocks: from booleans each block would form, and keep, its own.
+    """
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 def _first_to_keep(positions: Tensor, window: int | None) -> int:
@@ -106,7 +115,8 @@ class SegmentStep:
     positions: Tensor  # [n, w] in the document, -1 at pads; on the CPU
     conv: ConvPlan
     memory: PackingPlan
-    mask: Tensor  # [1, 1, w, persistent + retrieved[1] + end]: persistent | retrieved | segment
+    # [1, 1, w, persistent + retrieved[1] + end], `unseen`: persistent | retrieved | segment
+    mask: Tensor
     closing: Tensor  # [c] which of the n documents end here and are their row's last
 
 
@@ -205,7 +215,7 @@ def segment_plan(
                 positions=here,
                 conv=ConvPlan.of(here, device),
                 memory=plan_documents(here, chunk, device),
-                mask=(sees <= slot[:, None])[None, None].to(device),
+                mask=unseen((sees <= slot[:, None])[None, None].to(device), dtype),
                 closing=ends.to(device),
             )
         )
