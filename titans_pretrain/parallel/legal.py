@@ -120,24 +120,19 @@ def _interleaved(a: Asked) -> Refused | None:
     )
 
 
-def _zero_takes_no_stages(a: Asked) -> Refused | None:
-    p = a.parallel
-    if p.zero.stage < 2 or p.pipeline == 1:
-        return None
-    return (
-        f"parallel.zero.stage={p.zero.stage}, parallel.pipeline={p.pipeline}",
-        "use parallel.zero.stage=1, or parallel.pipeline=1",
-    )
+def _zero_alone(degree: str) -> Callable[[Asked], Refused | None]:
+    """ZeRO stages 2 and 3 only where this degree is 1."""
 
+    def broken(a: Asked) -> Refused | None:
+        stage, ranks = a.parallel.zero.stage, getattr(a.parallel, degree)
+        if stage < 2 or ranks == 1:
+            return None
+        return (
+            f"parallel.zero.stage={stage}, parallel.{degree}={ranks}",
+            f"use parallel.zero.stage=1, or parallel.{degree}=1",
+        )
 
-def _zero_takes_no_context(a: Asked) -> Refused | None:
-    p = a.parallel
-    if p.zero.stage < 2 or p.context == 1:
-        return None
-    return (
-        f"parallel.zero.stage={p.zero.stage}, parallel.context={p.context}",
-        "use parallel.zero.stage=1, or parallel.context=1",
-    )
+    return broken
 
 
 def _overlap_needs_buckets(a: Asked) -> Refused | None:
@@ -275,13 +270,13 @@ RULES = (
         "ZeRO stages 2 and 3 need pipeline=1",
         "they reduce gradients inside each backward, which stages run at different times: "
         "DeepSpeed crashes (2) or hangs (3)",
-        _zero_takes_no_stages,
+        _zero_alone("pipeline"),
     ),
     Rule(
         "ZeRO stages 2 and 3 need context=1",
         "their collectives inside the layer loop span the context ranks, which wait for one "
         "another's memory state: they deadlock",
-        _zero_takes_no_context,
+        _zero_alone("context"),
     ),
     Rule(
         "overlap needs ZeRO stage 2 or 3",
