@@ -25,16 +25,15 @@ class Group:
 
     @staticmethod
     def join(world: World, belongs: Callable[[Place], bool]) -> Group | None:
-        """The ranks whose place `belongs`; None on the others. Collective over those that do."""
-        layout = world.layout
+        """The ranks whose place `belongs`; None on the others. Collective over all ranks."""
+        layout, made = world.layout, None
         ranks = [rank for rank in range(world.size) if belongs(layout.place(rank))]
-        if world.rank not in ranks:
-            return None
-        if len(ranks) == 1:
-            return Group(layout, ranks)
-        wait = timedelta(seconds=world.timeout_s)
-        made = dist.new_group(ranks, timeout=wait, backend="gloo", use_local_synchronization=True)
-        return Group(layout, ranks, made)
+        if len(ranks) > 1:
+            # Not with local synchronisation: names then count the groups that a rank is in, of
+            # which pipeline stages have different numbers.
+            wait = timedelta(seconds=world.timeout_s)
+            made = dist.new_group(ranks, timeout=wait, backend="gloo")
+        return Group(layout, ranks, made) if world.rank in ranks else None
 
     def gather(self, item: Any) -> list[tuple[Place, Any]]:
         """On rank 0 each rank's place and item, in the order of ranks; on the others nothing."""

@@ -48,7 +48,7 @@ class Together(nn.Module):
 
     @staticmethod
     def join(stages: Sequence[Stage], world: World, vocabulary: int) -> Together | None:
-        """Where this rank takes part. Collective over the ranks that do."""
+        """Where this rank takes part. Collective over all ranks."""
 
         def takes_part(place: Place) -> bool:
             if world.layout.parallel.zero.stage == 3:
