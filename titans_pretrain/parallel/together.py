@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from megatron.core import tensor_parallel as megatron
 from torch import Tensor, nn
 
+from titans_pretrain.parallel import compat
 from titans_pretrain.parallel.context import whole_rows
 from titans_pretrain.parallel.group import Group
 from titans_pretrain.parallel.layout import Place
@@ -87,6 +88,7 @@ class Together(nn.Module):
         return self._compute(tokens, positions, state)
 
     @torch.no_grad()
+    @compat.cuda_literals()
     def _compute(
         self, tokens: Tensor, positions: Tensor, state: State | None
     ) -> tuple[Tensor, State]:
