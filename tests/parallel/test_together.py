@@ -70,7 +70,12 @@ LAYOUTS: dict[str, tuple[str, int, int, dict[str, Any]]] = {  # variant, ranks, 
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+SLOW = ("TP2", "PP2", "TP2+SP DP2 Z3", "TP2 PP2", "PP2 CP2")
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in LAYOUTS]
+)
 def test_what_is_written_equals_one_process(layout: str) -> None:
     variant, ranks, together, parallel = LAYOUTS[layout]
     config = parity_config(variant, parallel, model__heads=4, train__precision="fp32")
@@ -94,6 +99,7 @@ def test_what_is_written_equals_one_process(layout: str) -> None:
             assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["PP2 x 2", "CP2", "DP2 Z3"])
 def test_training_goes_on_as_if_nothing_was_written(layout: str) -> None:
     variant, ranks, _, parallel = LAYOUTS[layout]
