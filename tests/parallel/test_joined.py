@@ -78,8 +78,8 @@ def divided(
     segments = config.parallel.segments
     if layout.context * segments > 1:
         link = Link.join(context_ranks(), world.device, timeout_s=100, segments=segments)
-        for piece in pieces:
-            hand_on(piece.model, link)
+        for number, piece in enumerate(pieces):
+            hand_on(piece.model, link, number)
         batches = [shard(b, i, segments) for b in batches for i in range(segments)]
         batches = [shard(b, link.index, link.size) for b in batches]
     group = Group.join(world, lambda place: place.data == 0)
