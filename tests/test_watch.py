@@ -208,3 +208,43 @@ def test_watching_leaves_the_training_as_it_is(ranks: int, data: Path, tmp_path:
     last = json.loads((tmp_path / "watched" / "samples.jsonl").read_text().splitlines()[-1])
     assert [sample["prompt"] for sample in last["samples"]] == ["Once", "It was the"]
     assert (tmp_path / "blind" / "samples.jsonl").read_text() == ""
+
+
+LAYOUTS = {"TP2": {"tensor": 2}, "PP2": {"pipeline": 2}, "CP2": {"context": 2}}
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list, list]:
+    return first_step(tmp_path_factory.mktemp("alone") / "run", data, 1, {})
+
+
+def first_step(folder: Path, data: Path, ranks: int, parallel: dict) -> tuple[dict, list, list]:
+    """Of a run of one step: the values in TensorBoard, the heads, the samples."""
+    tree = observed(folder, data, train__steps=1, validation__every=1, log__memory_every=1)
+    tree["log"]["sample"] = {"tokens": 12, "temperature": 0.0}
+    tree["parallel"] = parallel
+    assert run_world(train, ranks, tree) == [EXIT_DONE] * ranks
+    written = RunFolder(tree["folder"])
+    events = EventAccumulator(str(written.tensorboard), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("memory")]
+    [heads], [samples] = (
+        list(read_lines(path, ("step",))) for path in (written.memory, written.samples)
+    )
+    values = {tag: events.Scalars(tag)[0].value for tag in tags}
+    return values, heads["heads"], samples["samples"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_shows_what_one_process_shows(
+    layout: str, alone: tuple[dict, list, list], data: Path, tmp_path: Path
+) -> None:
+    values, heads, samples = first_step(tmp_path / "run", data, 2, LAYOUTS[layout])
+    assert values == pytest.approx(alone[0], rel=1e-5, abs=1e-6)
+    assert len(values) > 30 and list(heads) == [f"blocks.{i}.mixer.memory" for i in range(2)]
+    for layer, figures in alone[1].items():
+        for figure, by_head in figures.items():
+            assert len(by_head) == 2
+            close = {"rel": 2e-5, "abs": 2e-6}  # rounded to five digits
+            assert heads[layer][figure] == pytest.approx(by_head, **close), (layer, figure)
+    assert samples == alone[2] and len(samples[0]["text"]) > 5

@@ -20,6 +20,7 @@ from titans_pretrain.parallel.layout import Layout
 from titans_pretrain.parallel.link import Link
 from titans_pretrain.parallel.pipeline import Schedule, Stage, StepLoss, sum_tied
 from titans_pretrain.parallel.tensor import vocabulary_loss, vocabulary_penalty
+from titans_pretrain.parallel.together import Together
 from titans_pretrain.parallel.world import World, context_ranks
 from titans_pretrain.parallel.zero import ZeroOptimizer
 from titans_pretrain.phases import phase
@@ -121,15 +122,20 @@ class TrainStep:
         )
         if config.parallel.zero.stage > 1:
             self.stages[0].run = self.optimizer.engine
+        self._together: Together | None = None
+        if not layout.whole and config.validation.every and config.log.sample.tokens:
+            assert config.model.vocab_size is not None
+            self._together = Together.join(self.stages, world, config.model.vocab_size)
         self.tied = config.model.tied_embeddings and layout.pipeline > 1
         # Ranks that hold a layer together see the same rows: one of them counts.
         self.counts_labels = place.tensor == 0 and place.pipeline == 0
         self.counts_loss = place.tensor == 0  # of the last stage: the others have none
 
     @property
-    def whole_model(self) -> TitansLM | None:
-        """The model, where this rank holds all of it."""
-        return self.pieces.pieces[0].model if self.layout.whole else None
+    def whole_model(self) -> TitansLM | Together | None:
+        """The model where this rank holds all of it; else, where it takes part, the pieces of all
+        ranks as one."""
+        return self.pieces.pieces[0].model if self.layout.whole else self._together
 
     def __call__(self, micro_batches: Sequence[Batch], step: int) -> StepReport:
         """Update number `step` (from 1). Collective.

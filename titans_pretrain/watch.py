@@ -13,14 +13,17 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
 from titans_pretrain.config import RunConfig
 from titans_pretrain.data.manifest import Manifest
 from titans_pretrain.errors import NodeError
 from titans_pretrain.evaluate.samples import Sample, Sampler
+from titans_pretrain.joined import joined
 from titans_pretrain.memory.observe import Observation, observe_memory
 from titans_pretrain.model.counts import flops_per_token
-from titans_pretrain.model.titans import TitansLM
+from titans_pretrain.parallel.group import Group
+from titans_pretrain.parallel.together import Together
 from titans_pretrain.parallel.world import World
 from titans_pretrain.run import board, panels
 from titans_pretrain.run.console import Progress
@@ -34,7 +37,8 @@ logger = logging.getLogger("titans_pretrain.watch")
 
 
 class Watch:
-    """Rank 0's records of a run; on the other ranks it only keeps time.
+    """Rank 0's records of a run. The other ranks keep time and, where they hold parts of the model
+    or of the rows that rank 0 is fed, tell it what their memories did and write samples with it.
 
     Args:
         sets: the validation sets; samples begin as a document of the first does.
@@ -63,6 +67,10 @@ class Watch:
         self._process = psutil.Process()
         self._flops = 3 * sum(flops_per_token(config.model, config.data.sequence_length).values())
         self._metrics: Metrics | None = None
+        self._writes_samples = bool(sets and config.log.sample.tokens)
+        self._lookers: Group | None = None
+        if config.log.memory_every:
+            self._lookers = Group.join(world, lambda place: place.data == 0)
         if world.rank == 0:
             tensorboard = config.log.tensorboard
             self._metrics = leaving.enter_context(Metrics(folder, start, tensorboard))
@@ -71,14 +79,7 @@ class Watch:
             for file in (self._memory, self._samples):
                 leaving.callback(file.close)
             self._progress = Progress(config.train.steps, start, tokens)
-            if sets and config.log.sample.tokens and not world.layout.whole:
-                logger.warning(
-                    "log.sample.tokens=%d: no text is written, no rank holds the whole model (%s); "
-                    "titans-pretrain generate writes from a checkpoint",
-                    config.log.sample.tokens,
-                    world.layout.describe(),
-                )
-            elif sets and config.log.sample.tokens:
+            if self._writes_samples:
                 manifest = next(iter(sets.values()))
                 self._sampler = Sampler(config.log.sample, manifest, config.train.seed)
 
@@ -104,13 +105,12 @@ class Watch:
     @contextlib.contextmanager
     def memory(self, step: int) -> Iterator[None]:
         """Looks into the memory layers during step `step`, where the config asks for it."""
-        every = self.config.log.memory_every
-        if self._metrics is None or not every or step % every:
+        if self._lookers is None or step % self.config.log.memory_every:
             yield
             return
-        with observe_memory() as seen:
+        with observe_memory(cut=self.world.layout.context > 1) as seen:
             yield
-        self._seen = seen if seen.figures else None
+        self._seen = seen
         self._spent += seen.seconds
 
     def record(
@@ -119,22 +119,30 @@ class Watch:
         report: StepReport,
         seconds: float,
         waited: float,
-        model: TitansLM | None,
+        model: nn.Module | None,
     ) -> NodeError | None:
-        """Writes the step's record, and samples of the whole `model` where it is here and has been
-        validated. A disk that
-        refuses is returned, for all ranks to agree on.
+        """Writes the step's record, and samples where `model` is here and has been validated. A
+        disk that refuses is returned, for all ranks to agree on. Collective over the ranks that
+        have a part in either.
 
         Args:
             seconds: wall time of the step; waited: the part of it spent waiting for data.
+            model: whole, or of several ranks together.
         """
-        if self._metrics is None:
-            return None
         began = time.perf_counter()
+        told = at.validation_loss is not None and self._writes_samples
+        together = model if told and isinstance(model, Together) else None
+        if self._seen is not None and self._lookers is not None:
+            self._seen = joined(self._lookers, self._seen)
+        if self._metrics is None:
+            if together is not None:
+                together.follow()
+            return None
         try:
-            self._write(self._metrics, at, report, seconds, waited)
-            if at.validation_loss is not None and self._sampler is not None and model is not None:
-                self._sample(self._metrics, self._sampler, at, model)
+            with contextlib.nullcontext() if together is None else together.leading():
+                self._write(self._metrics, at, report, seconds, waited)
+                if told and self._sampler is not None and model is not None:
+                    self._sample(self._metrics, self._sampler, at, model)
         except NodeError as e:
             return e
         finally:
@@ -216,7 +224,7 @@ class Watch:
         self._memory.append(at.step, at.tokens, self._seen.heads)
         return panels.draw(self._memory.last) if self.config.log.tensorboard else {}
 
-    def _sample(self, metrics: Metrics, sampler: Sampler, at: Progressed, model: TitansLM) -> None:
+    def _sample(self, metrics: Metrics, sampler: Sampler, at: Progressed, model: nn.Module) -> None:
         samples = sampler(model, at.step)
         told = [{"prompt": s.prompt, "text": s.text} for s in samples]
         self._samples.append({"step": at.step, "tokens": at.tokens, "samples": told})

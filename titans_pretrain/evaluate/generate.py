@@ -10,14 +10,12 @@ import time
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
-from titans_pretrain.model.titans import TitansLM
+from torch import Tensor, nn
 
 
 @torch.no_grad()
 def generate(
-    model: TitansLM,
+    model: nn.Module,
     prompts: Sequence[Sequence[int]],
     tokens: int,
     *,
@@ -31,6 +29,7 @@ def generate(
     """What follows each of `prompts` (token ids, at least one each): at most `tokens` ids.
 
     Args:
+        model: TitansLM, or what is called like it.
         temperature: 0 takes the likeliest token.
         top_p: draw among the likeliest tokens that together have this probability.
         generator: of random numbers, on the CPU; required where temperature is above 0.

@@ -6,13 +6,13 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from titans_pretrain.config import SampleConfig
 from titans_pretrain.data.manifest import Manifest
 from titans_pretrain.data.shards import BlockReader
 from titans_pretrain.data.tokens import Tokenizer
 from titans_pretrain.evaluate.generate import generate
-from titans_pretrain.model.titans import TitansLM
 
 OPENING = 32  # tokens of a validation document that stand for a prompt
 SECONDS = 60.0  # the other ranks wait so long at most
@@ -37,7 +37,7 @@ class Sampler:
         else:
             self.prompts = [opening(manifest)]
 
-    def __call__(self, model: TitansLM, step: int) -> list[Sample]:
+    def __call__(self, model: nn.Module, step: int) -> list[Sample]:
         """The samples of `step`: the same whenever the model is the same."""
         told = generate(
             model,

@@ -26,6 +26,7 @@ from titans_pretrain.memory.state import (
     initial_state,
     memory_forward,
 )
+from titans_pretrain.memory.tally import Rows
 
 WIDTH = 4  # taps of the convolutions
 TAIL = WIDTH - 1  # rows that a convolution carries on
@@ -291,16 +292,17 @@ class MemoryLayer(nn.Module):
         plan: PackingPlan,
         state: MemoryState | None,
         start: MemoryState | None = None,
+        rows: Rows | None = None,
     ) -> tuple[Tensor, MemoryState]:
         """Writes k, v and reads at q, token by token [N, H, T, d]; `plan` says what to reset, and
-        `start` (one row) what to; default the first weights."""
+        `start` (one row) what to; default the first weights. rows: for `record`."""
         w_init, norm = self.first_weights(), self.inner_norm()
         gates = (rates.theta, rates.alpha, rates.eta)
         y, after = chunked_memory(
             q, k, v, *gates, w_init, norm, self.spec, plan=plan, state=state, start=start
         )
         if observed():
-            record(self.name, k, v, gates, w_init, norm, self.spec, plan, state, after, start)
+            record(self.name, k, v, gates, w_init, norm, self.spec, plan, state, after, start, rows)
         return y, after
 
     def begin(self, x: Tensor) -> tuple[Tensor, MemoryState]:

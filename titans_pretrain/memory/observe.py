@@ -10,12 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from titans_pretrain.memory.chunked import chunked_memory
-from titans_pretrain.memory.diagnostics import stability_radius
 from titans_pretrain.memory.packing import PackingPlan
 from titans_pretrain.memory.rules import MemorySpec
 from titans_pretrain.memory.state import (
@@ -25,11 +25,7 @@ from titans_pretrain.memory.state import (
     initial_state,
     memory_forward,
 )
-
-QUANTILES = (0.1, 0.5, 0.9)
-MOST = 1 << 20  # values that a quantile is taken of; of more, every n-th
-
-Samples = dict[str, list[Tensor]]  # what was seen -> one tensor [values, H] a call
+from titans_pretrain.memory.tally import ByHead, Figures, Parts, Rows, Spans, Tally, figures
 
 
 @dataclasses.dataclass
@@ -51,32 +47,75 @@ class Observation:
     |                                       | head's mean gates; stable below 1                  |
     """
 
-    figures: dict[str, dict[str, float]]  # layer -> figure -> value
-    heads: dict[str, dict[str, list[float]]]  # layer -> figure (of a gate: its mean) -> [H]
+    parts: dict[str, Parts]  # layer -> what was observed of it, by heads and tokens
     seconds: float = 0.0  # that looking took
 
+    @cached_property
+    def _figures(self) -> dict[str, tuple[Figures, ByHead]]:
+        return {name: figures(parts) for name, parts in self.parts.items()}
 
-_open: ContextVar[tuple[dict[str, Samples], Observation] | None] = ContextVar(
-    "observed memories", default=None
-)
+    @property
+    def figures(self) -> dict[str, Figures]:
+        """Layer -> figure -> value."""
+        return {name: whole for name, (whole, _) in self._figures.items()}
+
+    @property
+    def heads(self) -> dict[str, ByHead]:
+        """Layer -> figure (of a gate: its mean; of the radius the head's largest) -> [H]."""
+        return {name: by_head for name, (_, by_head) in self._figures.items()}
+
+
+@dataclasses.dataclass
+class _Calls:
+    """What the calls of one memory have left so far."""
+
+    chunk: int
+    forwards: int = 0
+    gates: list[Tensor] = dataclasses.field(default_factory=list)  # [3, tokens, H, L]
+    surprises: list[Tensor] = dataclasses.field(default_factory=list)  # [2, tokens, H]
+    spans: list[Spans] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class _Open:
+    """An observation under way."""
+
+    calls: dict[str, _Calls]
+    seconds: float = 0.0
+
+
+_open: ContextVar[_Open | None] = ContextVar("observed memories", default=None)
 
 
 @contextmanager
-def observe_memory() -> Iterator[Observation]:
-    """Fills the observation that it yields when the `with` block ends."""
-    samples: dict[str, Samples] = {}
-    seen = Observation({}, {})
-    token = _open.set((samples, seen))
+def observe_memory(*, cut: bool = False) -> Iterator[Observation]:
+    """Fills the observation that it yields when the `with` block ends.
+
+    cut: the rows seen here are parts of rows, whose observations are to be joined.
+    """
+    opened, seen = _Open({}), Observation({})
+    token = _open.set(opened)
     try:
         yield seen
     finally:
         _open.reset(token)
     began = time.perf_counter()
-    for name, by_figure in samples.items():
-        values = {figure: torch.cat(x) for figure, x in by_figure.items()}
-        seen.figures[name] = _summary(values)
-        seen.heads[name] = _by_head(values)
-    seen.seconds += time.perf_counter() - began
+    for name, calls in opened.calls.items():
+        if calls.gates:
+            gates, surprises = torch.cat(calls.gates, 1), torch.cat(calls.surprises, 1)
+            spans = Spans.join(calls.spans)
+            seen.parts[name] = [[Tally.of(gates, surprises, spans, calls.chunk, cut=cut)]]
+    seen.seconds = opened.seconds + time.perf_counter() - began
+
+
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """In which nothing is noted: what is computed here has been seen before."""
+    token = _open.set(None)
+    try:
+        yield
+    finally:
+        _open.reset(token)
 
 
 def observed() -> bool:
@@ -97,30 +136,27 @@ def record(
     before: MemoryState | None,
     after: MemoryState,
     start: MemoryState | None = None,
+    rows: Rows | None = None,
 ) -> None:
-    """Notes one call of the memory `name`: its arguments, and its state after."""
+    """Notes one call of the memory `name`: its arguments, and its state after.
+
+    rows: where the call's rows lie in those of the forward; None: they are these rows.
+    """
     opened = _open.get()
     if opened is None:
         return
-    samples, seen = opened
     began = time.perf_counter()
-    mine = samples.setdefault(name, {})
-
-    def note(figure: str, values: Tensor) -> None:  # [n, H] or [n, H, L]
-        by_head = values.detach().movedim(1, -1).movedim(0, -2).flatten(0, -2)  # L outermost
-        mine.setdefault(figure, []).append(by_head.float())
-
+    rows = Rows.whole(len(k), k.device) if rows is None else rows
+    mine = opened.calls.setdefault(name, _Calls(spec.chunk))
+    mine.forwards += rows.first
     real = torch.ones(plan.shape, dtype=torch.bool, device=k.device)
     if plan.real is not None:
         real = plan.real
-    if not real.any():
+    if rows.pads or not real.any():
         return
-    for figure, gate in zip(("theta", "alpha", "eta"), gates, strict=True):
-        note(figure, gate.transpose(1, 2)[real])
-    rows = real.any(1)
-    weight = (real / real.sum(1, keepdim=True).clamp(min=1))[:, None, :, None]
-    theta, alpha, eta = ((gate * weight).sum(2)[rows] for gate in gates)  # [N, H, L]
-    note("radius", stability_radius(theta, alpha, eta, chunk=spec.chunk))
+    wide = torch.promote_types(gates[0].dtype, torch.float32)
+    every = torch.stack(gates).to(wide)  # [3, N, H, T, L]
+    mine.gates.append(every.transpose(2, 3)[:, real])
 
     # Reading at the keys before each write gives what the memory made of them just then.
     theta, alpha, eta = gates
@@ -129,43 +165,23 @@ def record(
         k, k, v, theta, alpha, eta, w_init, norm, earlier, plan=plan, state=before, start=start
     )
     untold = memory_forward(k, w_init, norm, spec)
-    for figure, y in (("surprise", told), ("surprise_untrained", untold)):
-        note(figure, 2 * (y - v).norm(dim=-1).transpose(1, 2)[real])
+    by_token = [2 * (y - v).norm(dim=-1).transpose(1, 2)[real].to(wide) for y in (told, untold)]
+    mine.surprises.append(torch.stack(by_token))
 
     def size(tensors: tuple[Tensor, ...]) -> Tensor:
         return sum((t.flatten(2).square().sum(-1) for t in tensors), torch.zeros(())).sqrt()
 
-    first = absolute_weights(initial_state(w_init, len(rows), spec), w_init, spec)
+    first = absolute_weights(initial_state(w_init, len(real), spec), w_init, spec)
     now = absolute_weights(after, w_init, spec)
     moved = size(tuple(a - b for a, b in zip(now, first, strict=True))) / size(first)
-    note("drift", moved[rows])
-    note("momentum", size(after.momentum)[rows])
-    seen.seconds += time.perf_counter() - began
-
-
-def _summary(values: dict[str, Tensor]) -> dict[str, float]:
-    out: dict[str, float] = {}
-    for figure, by_head in values.items():
-        x = by_head.flatten()
-        if figure == "radius":
-            out[figure] = x.max().item()
-        elif figure in ("theta", "alpha", "eta"):
-            out[f"{figure}/mean"] = x.mean().item()
-            at = torch.tensor(QUANTILES, device=x.device)
-            some = by_head[:: -(-len(x) // MOST)].flatten()
-            quantiles = some.quantile(at).tolist()
-            for q, value in zip(QUANTILES, quantiles, strict=True):
-                out[f"{figure}/p{q * 100:.0f}"] = value
-        else:
-            out[figure] = x.mean().item()
-    if "surprise" in out:
-        out["gain"] = 1 - out["surprise"] / max(out["surprise_untrained"], 1e-30)
-    return out
-
-
-def _by_head(values: dict[str, Tensor]) -> dict[str, list[float]]:
-    """figure -> [H]: the mean of each head, of the radius its largest."""
-    out = {name: x.amax(0) if name == "radius" else x.mean(0) for name, x in values.items()}
-    if "surprise" in out:
-        out["gain"] = 1 - out["surprise"] / out["surprise_untrained"].clamp(min=1e-30)
-    return {name: x.tolist() for name, x in out.items()}
+    spans = Spans(
+        place=rows.row + (mine.forwards << 32),
+        begun=rows.begun,
+        last=rows.last,
+        tokens=real.sum(1),
+        gates=(every * real[:, None, :, None]).sum(3).transpose(0, 1),
+        drift=moved,
+        momentum=size(after.momentum),
+    )
+    mine.spans.append(spans.pick(real.any(1)))
+    opened.seconds += time.perf_counter() - began

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from titans_pretrain.config import ModelConfig
 from titans_pretrain.memory.layer import HeadLinear, MemoryLayer, per_head
+from titans_pretrain.memory.observe import observed
 from titans_pretrain.memory.state import MemoryState, concatenate
+from titans_pretrain.memory.tally import Rows
 from titans_pretrain.model.blocks import Attention, rotate
 from titans_pretrain.model.packing import SegmentPlan, SegmentStep, move, segment_plan
 from titans_pretrain.model.seams import Seam
@@ -134,7 +136,8 @@ class MacMixer(nn.Module):
             q_m, q_tail = m.queries(y, step.conv, tails[0])
             k_m, k_tail = m.keys(y, step.conv, tails[1])
             v_m, v_tail = m.values(y, step.conv, tails[2])
-            read, memory = m.write(q_m, k_m, v_m, m.rates(y), step.memory, memory)
+            rows = _rows(plan, s) if observed() else None
+            read, memory = m.write(q_m, k_m, v_m, m.rates(y), step.memory, memory, rows=rows)
             gate = torch.sigmoid(m.normed(read)).to(y.dtype)
             y = y if self.own_features else self.scatter_heads(y)
             outputs.append((y * gate).flatten(0, 1))
@@ -254,6 +257,20 @@ def _slots(x: Tensor, plan: SegmentPlan) -> list[Tensor]:
         part.unflatten(0, tuple(step.positions.shape)).permute(2, 0, 3, 1, 4)
         for part, step in zip(parts, plan.steps, strict=True)
     ]
+
+
+def _rows(plan: SegmentPlan, s: int) -> Rows:
+    """Where the documents of step `s` lie, each with one segment."""
+    step = plan.steps[s]
+    row = plan.document_rows[: step.documents]
+    none = torch.zeros_like(row, dtype=torch.bool)
+    return Rows(
+        row,
+        begun=plan.skipped[: step.documents, 0, 0, 0] > 0 if s == 0 else none,
+        last=none.index_fill(0, step.closing, True),
+        first=s == 0,
+        pads=plan.empty is not None and bool(plan.empty.all()),
+    )
 
 
 class _OpenSegment:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from titans_pretrain.config import ModelConfig
 from titans_pretrain.errors import ConfigError
 from titans_pretrain.memory.layer import MemoryLayer
+from titans_pretrain.memory.observe import unobserved
 from titans_pretrain.model.blocks import RMSNorm, SwiGLU
 from titans_pretrain.model.seams import ModelSeam
 from titans_pretrain.model.variants import VARIANTS, ModelState
@@ -115,7 +117,7 @@ class TitansLM(nn.Module):
                     carry,
                     use_reentrant=False,
                     preserve_rng_state=False,
-                    context_fn=self.seam.contexts,
+                    context_fn=self._contexts,
                 )
             else:
                 x, after[name] = block(x, plan, kept, carry)
@@ -124,6 +126,12 @@ class TitansLM(nn.Module):
         if self.head is not None:
             x = self.head(x)
         return x, after if carry else None
+
+    def _contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """In which a block is computed, and computed again for backward: its memory has been
+        observed by then."""
+        first, again = self.seam.contexts()
+        return first, _unseen(again)
 
     def keep(self, blocks: range, *, first: bool, last: bool) -> TitansLM:
         """Forgets what is not in the piece of these blocks: what stands before them, unless it is
@@ -144,6 +152,12 @@ class TitansLM(nn.Module):
         super()._apply(fn, recurse)
         self._tie()  # to_empty gives each module a parameter of its own
         return self
+
+
+@contextmanager
+def _unseen(inside: AbstractContextManager[Any]) -> Iterator[None]:
+    with inside, unobserved():
+        yield
 
 
 def map_state(state: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -103,6 +103,8 @@ class ModelSeam(nn.Module):
     reverse of that in forward by data, also between branches that do not depend on one another.
     """
 
+    plain: tuple[Any, ...] = ()  # the seam that it replaces; in a tuple: no submodule
+
     def __init__(self, link: Link, piece: int = 0) -> None:
         super().__init__()
         self.link, self.round = link, f"round {piece}"
@@ -202,6 +204,8 @@ class ModelSeam(nn.Module):
 class MixerSeam(nn.Module):
     """A mixer's seam between context ranks: the model's, under the mixer's name."""
 
+    plain: tuple[Any, ...] = ()  # as in ModelSeam
+
     def __init__(self, model: ModelSeam, name: str) -> None:
         super().__init__()
         self._model = (model,)  # in a tuple: no submodule, for it serves all mixers
@@ -235,10 +239,29 @@ def hand_on(model: nn.Module, link: Link, piece: int = 0) -> None:
     names = [name for name, _ in model.named_modules() if name.endswith(".seam")]
     assert names and isinstance(getattr(model, "seam", None), nn.Module), "a model without seams"
     seam = ModelSeam(link, piece)
-    model.seam = seam
+    seam.plain, model.seam = (model.seam,), seam
     for name in names:
         mixer = name.removesuffix(".seam")
-        model.get_submodule(mixer).seam = MixerSeam(seam, mixer)
+        own = MixerSeam(seam, mixer)
+        own.plain = (model.get_submodule(name),)
+        model.get_submodule(mixer).seam = own
+
+
+@contextmanager
+def whole_rows(model: nn.Module) -> Iterator[None]:
+    """In which a model is as it was before `hand_on`: this rank computes whole rows by itself."""
+    replaced = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ModelSeam | MixerSeam)
+    }
+    for name, seam in replaced.items():
+        model.set_submodule(name, seam.plain[0])
+    try:
+        yield
+    finally:
+        for name, seam in replaced.items():
+            model.set_submodule(name, seam)
 
 
 def _form(tensors: Sequence[Tensor]) -> Form:
