@@ -99,7 +99,7 @@ class TrainStep:
         if layout.context * segments > 1:
             interleave = config.parallel.interleave
             self.link = Link.join(
-                context_ranks(), world.device, segments=segments, pieces=interleave
+                context_ranks(), world.device, world.timeout_s, segments, interleave
             )
             for number, piece in enumerate(self.pieces):
                 hand_on(piece.model, self.link, number)

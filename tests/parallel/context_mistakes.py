@@ -88,8 +88,8 @@ def _note(batch: Batch, link: Link) -> Batch:
 def _without_tie() -> Patch:
     give = MixerSeam.give
 
-    def untied(self: Any, what: str, tie: Tensor, state: Any) -> Tensor:
-        give(self, what, tie, state)
+    def untied(self: Any, what: str, tie: Tensor, state: Any, *more: Any) -> Tensor:
+        give(self, what, tie, state, *more)
         return tie
 
     return MixerSeam, "give", untied

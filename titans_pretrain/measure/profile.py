@@ -1,8 +1,9 @@
 """A look at some steps of a run: `train CONFIG profile.steps=[a,b] profile.ranks=[0,1]`.
 
 Below RUN/profile/step-a-b/ each rank that looks leaves
-- rank-r.trace.json.gz: every operator, with the phases and parts of the step as ranges round them;
-  open it at ui.perfetto.dev or chrome://tracing;
+- rank-r.trace.json.gz: every operator, with the phases, blocks (measure/blocks.py) and parts of the
+  step as ranges round them; open it at ui.perfetto.dev or chrome://tracing. All are on the clock of
+  their host: `bench wave --traces` puts the ranks' blocks and waits side by side;
 - rank-r.memory.pickle (CUDA): the allocator's history, for pytorch.org/memory_viz; or
   rank-r.memory.json (CPU): bytes allocated over time, and by operator;
 - rank-r.summary.txt: time by phase, the 20 operators with the most time of their own.
@@ -29,6 +30,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from titans_pretrain import phases
 from titans_pretrain.config import ProfileConfig, RunConfig
 from titans_pretrain.errors import ConfigError
+from titans_pretrain.measure.blocks import watch_blocks
 from titans_pretrain.measure.parts import watch_parts
 from titans_pretrain.parallel.pipeline import Stage
 from titans_pretrain.parallel.world import World
@@ -128,6 +130,7 @@ class Profile:
         """From now on phases and parts are ranges of the trace."""
         ranges = _Ranges()
         self._looking.enter_context(phases.listening(ranges))
+        self._looking.enter_context(watch_blocks(self._stages, ranges))
         self._looking.enter_context(watch_parts(self._stages, ranges))
         if self._world.device.type == "cuda":
             torch.cuda.memory._record_memory_history(max_entries=MOST_ALLOCATIONS)
@@ -176,8 +179,8 @@ class Profile:
 
 
 class _Ranges:
-    """Turns phases and parts into ranges of the trace. Backward has none of parts: the trace
-    itself ties each of its operators to the forward's."""
+    """Turns phases, blocks and parts into ranges of the trace. Backward has none of parts: the
+    trace itself ties each of its operators to the forward's."""
 
     backward = False
 

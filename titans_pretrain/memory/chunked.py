@@ -6,6 +6,7 @@ single token. MATH.md derives it; sweep.py is the forward half, adjoint.py the b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from titans_pretrain.memory.adjoint import Gradients, part_adjoint
+from titans_pretrain.memory.again import Again, unflatten
 from titans_pretrain.memory.packing import PackingPlan, plan_documents, plan_rows
 from titans_pretrain.memory.rules import MemorySpec
 from titans_pretrain.memory.state import (
@@ -114,7 +116,7 @@ class _ChunkedMemory(torch.autograd.Function):
         started: bool,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        problem, weights, momentum, anchor = _unflatten(spec, plan, started, tensors)
+        problem, weights, momentum, anchor = unflatten(spec, plan, started, tensors)
         ends = _open_ends(problem, weights, momentum, anchor)
         state = start_states(problem, weights, momentum)
         boundaries: list[Tensor] = []
@@ -136,29 +138,19 @@ class _ChunkedMemory(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        spec, plan, layers = ctx.spec, ctx.plan, ctx.spec.depth
-        saved = ctx.saved_tensors  # once: under block recompute a second look is an error
-        tensors, boundaries = saved[: ctx.given], saved[ctx.given :]
-        with without_autocast(tensors[0]):
-            problem, weights, momentum, anchor = _unflatten(spec, plan, ctx.started, tensors)
+        again = Again.of(ctx)
+        del ctx.again
+        problem, plan, layers = again.problem, ctx.plan, ctx.spec.depth
+        with without_autocast(problem.q):
             dy, *d_out = upstream
             kinds: list[list[Tensor | None]] = [
                 list(d_out[i : i + layers]) for i in range(0, len(d_out), layers)
             ]
-            grads = _zero_gradients(problem, anchor is not None)
-            room, d_room = state_room(problem), state_room(problem)
+            grads = _zero_gradients(problem, again.carried[2] is not None)
+            d_room = state_room(problem)
             final, last_anchor = _final_gradients(problem, kinds)
             for index in range(len(plan.groups) - 1, -1, -1):
-                first, stop = plan.groups[index]
-                part = pack_part(problem, range(first, stop))
-                anchors = None
-                if first:
-                    state = list(boundaries[(index - 1) * layers : index * layers])
-                else:
-                    state = start_states(problem, weights, momentum)
-                    anchors = start_anchors(problem, state, anchor)
-                swept, _ = sweep(problem, part, state, anchors, None, room)
-                reads = read(problem, part, swept)
+                part, anchors, swept, reads = again.take(index)
                 if dy is None:
                     d_part = torch.zeros_like(part.q)
                 else:
@@ -167,42 +159,28 @@ class _ChunkedMemory(torch.autograd.Function):
                 part_adjoint(
                     problem, part, swept, reads, anchors, d_part, final, last_anchor, grads, d_room
                 )
-            return (None, None, None, *_gather_gradients(problem, grads, kinds, tensors))
+            return (None, None, None, *_gather_gradients(problem, grads, kinds, again.tensors))
 
 
-def _unflatten(
-    spec: MemorySpec, plan: PackingPlan, started: bool, tensors: tuple[Tensor | None, ...]
-) -> tuple[
-    Problem,
-    tuple[Tensor, ...] | None,
-    tuple[Tensor, ...] | None,
-    tuple[Tensor, ...] | None,
-]:
-    """The function's flat arguments as the problem and the carried weights, momentum, anchor."""
-    layers = spec.depth
-    q, k, v, theta, alpha, eta, gain, bias, *rest = tensors
-    assert q is not None and k is not None and v is not None
-    assert theta is not None and alpha is not None and eta is not None
-    dtype = torch.promote_types(q.dtype, theta.dtype)
-    whole = [x for x in rest if x is not None]
-    first, *parts = [tuple(whole[i : i + layers]) for i in range(0, len(whole), layers)]
-    start = (parts.pop(0), parts.pop(0)) if started else None
-    problem = Problem(
-        spec,
-        plan,
-        q,
-        k,
-        v,
-        theta,
-        alpha,
-        eta,
-        tuple(w.to(dtype) for w in first),
-        None if gain is None else gain.to(dtype),
-        None if bias is None else bias.to(dtype),
-        start,
-    )
-    weights, momentum, anchor = (parts[i] if i < len(parts) else None for i in (0, 1, 2))
-    return problem, weights, momentum, anchor
+# What autograd makes of the function: its context is a node of the graph.
+_Node = _ChunkedMemory._backward_cls
+
+
+def begin_backward(*reads: Tensor) -> Callable[[bool], None] | None:
+    """What backward can do before any gradient is there: compute again the chunks that it needs
+    first (called with False; they are in memory at once anyway), or all of them (True; the states
+    of all chunks are then). Gradients are the same, bit by bit.
+
+    reads: as chunked_memory returned them, one call after another. None: without gradients. Call
+    it in backward, before that of the reads.
+    """
+    nodes = [y.grad_fn for y in reads if isinstance(y.grad_fn, _Node)]
+
+    def begin(whole: bool) -> None:
+        for node in reversed(nodes if whole else nodes[-1:]):
+            Again.of(node).hurry(whole)
+
+    return begin if nodes else None
 
 
 def _open_ends(

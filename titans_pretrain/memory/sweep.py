@@ -150,13 +150,14 @@ def start_anchors(
     return out
 
 
-def state_room(problem: Problem) -> States:
-    """Room for the entry states of all chunks of any part; parts take turns in it.
+def state_room(problem: Problem, part: int | None = None) -> States:
+    """Room for the entry states of all chunks of a part; of any (None): parts take turns in it.
 
     Fresh memory costs more to touch than the sweep to fill it.
     """
-    offsets = problem.plan.offsets
-    chunks = max((offsets[b] - offsets[a] for a, b in problem.plan.groups), default=0)
+    offsets, groups = problem.plan.offsets, problem.plan.groups
+    groups = groups if part is None else groups[part : part + 1]
+    chunks = max((offsets[b] - offsets[a] for a, b in groups), default=0)
     return [w.new_empty((chunks * len(w), 2 * w.shape[1], w.shape[2])) for w in problem.w_init]
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_pretrain.config import ModelConfig
+from titans_pretrain.memory.chunked import begin_backward
 from titans_pretrain.memory.layer import HeadLinear, MemoryLayer, per_head
 from titans_pretrain.memory.observe import observed
 from titans_pretrain.memory.state import MemoryState, concatenate
@@ -115,7 +116,7 @@ class MacMixer(nn.Module):
         open_ = None if state is None else _OpenSegment(state, plan)
         memory = None if open_ is None else open_.memory
         tails: tuple[Tensor | None, ...] = (None,) * 3 if open_ is None else open_.tails
-        outputs, closed = [], []
+        outputs, closed, reads = [], [], []
         for s, step in enumerate(plan.steps):
             n = step.documents
             query, frozen = queries[s], None if memory is None else memory.weights
@@ -138,6 +139,7 @@ class MacMixer(nn.Module):
             v_m, v_tail = m.values(y, step.conv, tails[2])
             rows = _rows(plan, s) if observed() else None
             read, memory = m.write(q_m, k_m, v_m, m.rates(y), step.memory, memory, rows=rows)
+            reads.append(read)
             gate = torch.sigmoid(m.normed(read)).to(y.dtype)
             y = y if self.own_features else self.scatter_heads(y)
             outputs.append((y * gate).flatten(0, 1))
@@ -155,7 +157,7 @@ class MacMixer(nn.Module):
         after, output = None, torch.cat(outputs)
         if carry or seam.gives:
             after = _by_row(closed, asked_tail, plan, state or self._blank(x))
-            output = seam.give("segment", output, self._room(after))
+            output = seam.give("segment", output, self._room(after), begin_backward(*reads))
         out = m.out(move(output, plan.tokens, plan.slots).view(*x.shape[:2], -1))
         return out, after if carry else None
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_pretrain.config import ModelConfig
+from titans_pretrain.memory.chunked import begin_backward
 from titans_pretrain.memory.layer import ConvPlan, MemoryLayer
 from titans_pretrain.memory.packing import PackingPlan, plan_documents
 from titans_pretrain.memory.rules import MemorySpec
@@ -232,7 +233,8 @@ def remember(
     q, before = seam.take("memory", q, before, lambda: m.start(rows))
     y, after = m.write(q, k, v, rates, plan.memory, before, start)
     # Where a document goes on elsewhere, it stands on a chunk boundary: there is no anchor.
-    y = seam.give("memory", y, MemoryState(after.weights, after.momentum))
+    handed_on = MemoryState(after.weights, after.momentum)
+    y = seam.give("memory", y, handed_on, begin_backward(y))
     return y, LmmState(after, tails)
 
 

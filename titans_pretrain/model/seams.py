@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 S = TypeVar("S")  # a tensor, or tuples and dataclasses of tensors and None
+Early = Callable[[bool], None]  # told whether it may keep more in memory than without haste
 
 
 class Seam(nn.Module):
@@ -30,8 +31,9 @@ class Seam(nn.Module):
         it (None: nothing). blank: makes a state of the same form and any values."""
         return tie, state
 
-    def give(self, what: str, tie: Tensor, state: Any) -> Tensor:
-        """The tie. state: what these tokens carry on; its form depends on no token."""
+    def give(self, what: str, tie: Tensor, state: Any, early: Early | None = None) -> Tensor:
+        """The tie. state: what these tokens carry on; its form depends on no token. early: what
+        backward may do before it has the state's gradient."""
         return tie
 
 

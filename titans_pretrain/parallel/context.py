@@ -178,7 +178,14 @@ class ModelSeam(nn.Module):
             self.kept[key] = [t.detach().requires_grad_(t.requires_grad) for t in taken]
         return tie, _rebuilt(like, taken)
 
-    def give(self, name: str, what: str, tie: Tensor, state: Any) -> Tensor:
+    def give(
+        self,
+        name: str,
+        what: str,
+        tie: Tensor,
+        state: Any,
+        early: Callable[[bool], None] | None = None,
+    ) -> Tensor:
         if self.again:
             return tie
         tensors, key = _tensors(state), (self.micro_batch, name, what)
@@ -187,6 +194,11 @@ class ModelSeam(nn.Module):
         if self.gives_on("forward"):
             over = self._over("give", key, tie, tensors)
             self.chain, tie = _Give.apply(over, self._chain(tie), tie, *tensors)
+            if early is not None and tie.requires_grad:
+                # A hook on what give returns runs in backward before give waits. Blocks that are
+                # computed again are short of memory: then only as much as costs none.
+                whole = not self.recomputed
+                tie.register_hook(lambda _: early(whole))
         return tie
 
     def _over(self, act: str, key: Key, tie: Tensor, tensors: list[Tensor]) -> _HandOver:
@@ -224,10 +236,13 @@ class MixerSeam(nn.Module):
         (model,) = self._model
         return model.take(self.name, what, tie, state, blank)
 
-    def give(self, what: str, tie: Tensor, state: Any) -> Tensor:
-        """The tie; whoever has the tokens after takes the state."""
+    def give(
+        self, what: str, tie: Tensor, state: Any, early: Callable[[bool], None] | None = None
+    ) -> Tensor:
+        """The tie; whoever has the tokens after takes the state. early: what backward does before
+        it waits for the state's gradient."""
         (model,) = self._model
-        return model.give(self.name, what, tie, state)
+        return model.give(self.name, what, tie, state, early)
 
 
 def hand_on(model: nn.Module, link: Link, piece: int = 0) -> None:

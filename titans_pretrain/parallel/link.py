@@ -46,13 +46,13 @@ class Link:
     def join(
         ranks: Sequence[int],
         device: torch.device,
-        timeout_s: float = 1800,
+        timeout_s: float,
         segments: int = 1,
         pieces: int = 1,
     ) -> Link:
-        """The link of a chain of global ranks; collective over them. segments: so many
-        micro-batches one after another are stretches of the same rows. pieces: of the model on
-        each rank."""
+        """The link of a chain of global ranks; collective over them. timeout_s: how long a message
+        may take. segments: so many micro-batches one after another are stretches of the same rows.
+        pieces: of the model on each rank."""
         ways = ["forward", "backward"]
         if segments > 1:
             ways += [f"round {piece}" for piece in range(pieces)]

@@ -9,12 +9,14 @@ Letters: R context ranks, M micro-batches, L layers (of a pipeline stage), S sta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal, get_args
 
 Order = Literal["F", "FB", "FFBB", "skewed"]  # F: forwards alone, as in validation
 Way = Literal["F", "B"]
+Part = Literal["before", "memory", "after"]
 Tag = tuple[object, ...]
 
 
@@ -32,12 +34,27 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Act:
+    """A rank's work on one part of a layer of a micro-batch; seconds from the step's beginning."""
+
+    rank: int
+    way: Way
+    micro_batch: int
+    layer: int
+    part: Part
+    begin: float
+    end: float
+    stage: int = 0
+
+
+@dataclass(frozen=True)
 class Wave:
     """What a simulation found."""
 
     seconds: float  # until the last rank is done; inf: they wait for one another for ever
     busy: float  # seconds of work of a rank, on average
     alive: int  # micro-batches whose activations a rank holds at once, at most
+    acts: tuple[Act, ...] = field(default=(), repr=False)  # rank by rank, in order
 
     @property
     def idle(self) -> float:
@@ -87,7 +104,7 @@ def program(c: Chain, rank: int, stage: int = 0) -> list[tuple[Way, int]]:
 def simulate(c: Chain) -> Wave:
     """Plays the step through."""
     lanes = {
-        (stage, rank): _Lane(list(_acts(c, rank, stage)))
+        (stage, rank): _Lane(rank, stage, list(_acts(c, rank, stage)))
         for stage in range(c.stages)
         for rank in range(c.ranks)
     }
@@ -97,16 +114,30 @@ def simulate(c: Chain) -> Wave:
         went = sum(lane.go_on(done) for lane in lanes.values()) > 0
     alive = max(_alive(program(c, rank, stage)) for stage, rank in lanes)
     busy = sum(lane.busy for lane in lanes.values()) / len(lanes)
+    acts = tuple(act for lane in lanes.values() for act in lane.done)
     if any(lane.acts for lane in lanes.values()):
-        return Wave(float("inf"), busy, alive)
-    return Wave(max(lane.now for lane in lanes.values()), busy, alive)
+        return Wave(float("inf"), busy, alive, acts)
+    return Wave(max(lane.now for lane in lanes.values()), busy, alive, acts)
+
+
+def waits(acts: Iterable[Act]) -> dict[tuple[int, Way, int, int], float]:
+    """(rank, way, micro-batch, layer) -> seconds for which a rank waited before that memory. acts:
+    rank by rank, in order."""
+    found: dict[tuple[int, Way, int, int], float] = {}
+    for before, act in pairwise(acts):
+        if act.part == "memory":
+            key = (act.rank, act.way, act.micro_batch, act.layer)
+            found[key] = act.begin - before.end
+    return found
 
 
 class _Lane:
     """A rank's clock, and what it still has to do."""
 
-    def __init__(self, acts: list[tuple[str, object]]) -> None:
+    def __init__(self, rank: int, stage: int, acts: list[tuple[str, Any]]) -> None:
+        self.rank, self.stage = rank, stage
         self.acts, self.now, self.busy = acts[::-1], 0.0, 0.0
+        self.done: list[Act] = []
 
     def go_on(self, done: dict[Tag, float]) -> bool:
         """Goes as far as what is done lets it; whether it went at all."""
@@ -114,10 +145,12 @@ class _Lane:
         while self.acts:
             act, what = self.acts[-1]
             if act == "work":
-                assert isinstance(what, float)
-                self.now, self.busy = self.now + what, self.busy + what
+                seconds, way, i, layer, part = what
+                began, self.now = self.now, self.now + seconds
+                self.busy += seconds
+                self.done.append(Act(self.rank, way, i, layer, part, began, self.now, self.stage))
             elif act == "tell":
-                done[what] = self.now  # type: ignore[index]
+                done[what] = self.now
             elif what not in done:
                 break
             else:
@@ -126,8 +159,8 @@ class _Lane:
         return len(self.acts) < before
 
 
-def _acts(c: Chain, rank: int, stage: int) -> Iterator[tuple[str, object]]:
-    """What a rank does, in order: work for so long, tell, await."""
+def _acts(c: Chain, rank: int, stage: int) -> Iterator[tuple[str, Any]]:
+    """What a rank does, in order: work for so long on something, tell, await."""
     for way, i in program(c, rank, stage):
         step = 1 if way == "F" else -1
         layers = range(c.layers)[::step]
@@ -136,17 +169,18 @@ def _acts(c: Chain, rank: int, stage: int) -> Iterator[tuple[str, object]]:
             yield "await", ("stage", way, i, stage - step, rank)
         for layer in layers:
             here = (way, i, layer, stage)
-            yield "work", float(task.before)
+            before, memory, after = ((getattr(task, p), way, i, layer, p) for p in get_args(Part))
+            yield "work", before
             if 0 <= source < c.ranks:
                 yield "tell", ("listening", *here, rank)
                 yield "await", ("state", *here, source)
             elif way == "F" and i % c.segments:
                 yield "await", ("state", way, i - 1, layer, stage, c.ranks - 1)
-            yield "work", float(task.memory)
+            yield "work", memory
             yield "tell", ("state", *here, rank)
             if c.blocking and 0 <= target < c.ranks:
                 yield "await", ("listening", *here, target)
-            yield "work", float(task.after)
+            yield "work", after
         yield "tell", ("stage", way, i, stage, rank)
 
 
