@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import titans_pretrain
 from titans_pretrain.config import RunConfig, load_config
 from titans_pretrain.measure.footprint import held_bytes, working_bytes
 from titans_pretrain.measure.gpu_check.child import Task
@@ -27,7 +26,7 @@ WARM_UP, TIMED = 2, 3
 # Bytes a parameter beside activations: bf16 weight, fp32 gradient, master and two moments, and the
 # buffers of a reduction.
 HELD_BYTES = 24
-CONFIGS = Path(titans_pretrain.__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 TINY = {
     "model.heads": 2,
     "model.width": 32,
