@@ -22,7 +22,6 @@ from titans_pretrain.errors import ConfigError
 from titans_pretrain.measure.gpu_check import child, command, packages, plan, small
 from titans_pretrain.measure.gpu_check.judge import TOLERANCES, Row, judge, worst
 from titans_pretrain.measure.gpu_check.large import large_config, needed_bytes
-from titans_pretrain.measure.gpu_check.plain import PlainStep
 from titans_pretrain.measure.gpu_check.plan import GROUPS, Group
 from titans_pretrain.measure.gpu_check.processes import Measured, Runner, environment, last_words
 from titans_pretrain.measure.gpu_check.report import markdown
@@ -384,6 +383,7 @@ def without(folder: Path, *names: str) -> dict[str, str]:
     return {**env, "PYTHONPATH": f"{folder}{os.pathsep}{env['PYTHONPATH']}"}
 
 
+@pytest.mark.slow
 def test_missing_packages_are_named_and_the_rest_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -406,6 +406,7 @@ def test_missing_packages_are_named_and_the_rest_runs(
     assert "plain steps, without Megatron-core and DeepSpeed" in rows[0].figures
 
 
+@pytest.mark.slow
 def test_without_pydantic_the_memory_is_still_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -448,16 +449,16 @@ def test_without_cuda_it_is_refused(
 # What is measured
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_plain_steps_are_those_of_the_engines(precision: str) -> None:
-    """The recorded way of the engines' steps is that of the plain ones: same loss, same norm."""
-    config = small.run_config(TRY, "mac", precision)
-    plain = small.train(PlainStep(config, torch.device("cpu")), config, 1, 3)
-    _, step = small.make_step(TRY, config)
-    engines = small.train(step, config, 1, 3)
-    limit = 1e-5 if precision == "fp32" else 3e-3
-    for what in ("losses", "norms"):
-        assert worst(plain[what], engines[what])[0] < limit
+@pytest.mark.slow
+def test_plain_steps_are_those_of_the_engines(tmp_path: Path) -> None:
+    engines, plain = runner(tmp_path), runner(tmp_path, lacking={"engines": "not there"})
+    for run in (engines, plain):
+        run(Group("steps", ("mac fp32", "mac bf16"), "models"))
+    for part, limit in (("mac fp32", 1e-5), ("mac bf16", 3e-3)):
+        mine, theirs = (run.measured["steps"][part] for run in (plain, engines))
+        assert mine["plain"] and "plain" not in theirs
+        for what in ("losses", "norms"):
+            assert len(mine[what]) == 6 and worst(mine[what], theirs[what])[0] < limit
 
 
 def test_what_does_not_fit_in_memory_is_known_before() -> None:
