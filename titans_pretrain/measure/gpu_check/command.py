@@ -57,7 +57,7 @@ def _options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--minutes",
         type=float,
         metavar="N",
-        help="what does not fit into them is left out; default 8, of a dry run 30",
+        help="what does not fit into them is left out; default 8, of a dry run 60",
     )
     parser.add_argument(
         "--wheels",
@@ -71,7 +71,7 @@ def _options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
-    minutes = args.minutes or (30.0 if args.dry_run else 8.0)
+    minutes = args.minutes or (60.0 if args.dry_run else 8.0)
     device, ranks = ("cpu", DRY_RANKS) if args.dry_run else require_cuda()
     try:
         (args.out / "logs").mkdir(parents=True, exist_ok=True)

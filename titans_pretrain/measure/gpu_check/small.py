@@ -38,7 +38,7 @@ def run_config(task: Task, variant: str, precision: str, **parallel: Any) -> Run
         "data": {"sources": {"made": {"path": "unused"}}, "sequence_length": length},
         "optim": {"lr": 3e-3, "warmup_steps": 4, "clip": 1.0},
         "train": {
-            "steps": STEPS[task.dry],
+            "steps": STEPS[False],
             "global_batch": 8,
             "micro_batch": 1 if parallel else 4,
             "precision": precision,
