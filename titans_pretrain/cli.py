@@ -26,7 +26,7 @@ _ELSEWHERE = {
     "tokenizer": ("train, inspect or import a tokenizer", "titans_pretrain.data.tokenizer_command"),
     "generate": ("write text with a trained model", "titans_pretrain.evaluate.generate_command"),
     "verify": ("check a layout against one plain process", "titans_pretrain.verify"),
-    "gpu-check": ("check and time this machine's GPU", "titans_pretrain.measure.gpu_check"),
+    "gpu-check": ("check and time this machine's GPU", "titans_pretrain.measure.gpu_check.command"),
 }
 _BENCHMARKS = {
     "memory": "titans_pretrain.memory.benchmark",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import json
-import re
+import os
 import subprocess
 import sys
 import time
-from collections import Counter
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,59 +19,120 @@ import torch
 
 from titans_pretrain import cli
 from titans_pretrain.errors import ConfigError
-from titans_pretrain.measure import gpu_check, gpu_check_cases, gpu_check_report
-from titans_pretrain.measure.gpu_check_report import TOLERANCES, judge
+from titans_pretrain.measure.gpu_check import child, command, packages, plan, small
+from titans_pretrain.measure.gpu_check.judge import TOLERANCES, Row, judge, worst
+from titans_pretrain.measure.gpu_check.large import large_config, needed_bytes
+from titans_pretrain.measure.gpu_check.plan import GROUPS, Group
+from titans_pretrain.measure.gpu_check.processes import Measured, Runner, environment, last_words
+from titans_pretrain.measure.gpu_check.report import markdown
+from titans_pretrain.measure.made import made_batches
 from titans_pretrain.memory import problems
 from titans_pretrain.memory.chunked import chunked_memory
 from titans_pretrain.model.loss import token_loss
 from titans_pretrain.step import build_model
 
-TRY = gpu_check_cases.Task("steps", [], "cpu", True, "", "", 1)
+GIB = 2**30
+TRY = child.Task("steps", [], "cpu", True, True, 1, "", "", "", 1)
 
 
-def fine() -> gpu_check_report.Measured:
-    """A measurement in which all is well."""
-    steps = {"losses": [4.0, 3.0], "norms": [1.0, 2.0]}
-    run = {**steps, "content": "a" * 64, "not_deterministic": []}
-    speed = {"tokens_per_s": 1e5, "seconds": 0.5, "peak_bytes": 3 * 2**30, "size": "so large"}
-    cases = gpu_check_report.CASES
+def trained(seconds: float, peak: int, **more: Any) -> dict[str, Any]:
     return {
-        "memory": {
-            "machine": {"machine": {"device": "NVIDIA X", "driver": "1.2"}},
-            "ragged fp32": {"errors": {"y": 1e-6, "d q": 2e-6}},
-            "ragged bf16": {"errors": {"y": 4e-3, "d q": 2e-3}},
-        },
-        "reference": {f"{m} fp32": copy.deepcopy(steps) for m in gpu_check_report.MODELS},
-        "steps": {case: copy.deepcopy(steps) for case in cases},
-        "run": {
-            f"{kind} {case}": copy.deepcopy(run)
-            for kind in ("straight", "again", "resumed")
-            for case in cases
-        },
-        "speed": {"mac bf16": speed},
+        "plain": False,
+        "ranks": 1,
+        "parameters": 2**28,
+        "rows": 2,
+        "tokens": 8192,
+        "flops": 1e14,
+        "recompute": "none",
+        "predicted_bytes": peak,
+        "seconds": [seconds, seconds, 9 * seconds],
+        "losses": [10.0, 9.0],
+        "norms": [1.0, 1.0],
+        "finite": True,
+        "held_bytes": {"parameters": GIB},
+        "peak_bytes": peak,
+        "reserved_bytes": peak,
+        "took_s": 12.3,
+        **more,
     }
 
 
-def failures(measured: gpu_check_report.Measured, **tolerances: float) -> list[str]:
+def fine() -> Measured:
+    """A measurement in which all is well."""
+    steps = {"losses": [4.0, 3.0], "norms": [1.0, 2.0], "took_s": 1.0}
+    contents = {"3": "a" * 64, "6": "b" * 64, "9": "c" * 64}
+    long = {"losses": [4.0] * 9, "norms": [1.0] * 9, "contents": contents, "took_s": 1.0}
+    short = {"losses": [4.0] * 3, "norms": [1.0] * 3, "took_s": 1.0}
+    parts = ("mac bf16", "mac fp32")
+    made = {
+        "machine": {"names": {"machine": {"device": "NVIDIA X", "torch": "2"}, "took_s": 0.1}},
+        "matmul": {
+            "bf16": {
+                "flop_per_s": 5e14,
+                "peak_flop_per_s": 1e15,
+                "wrong": 1e-3,
+                "took_s": 1.0,
+            }
+        },
+        "memory": {
+            "fp32": {"errors": {"ragged": {"y": 1e-6, "d q": 2e-6}}, "took_s": 1.0},
+            "bf16": {"errors": {"ragged": {"y": 4e-3, "d q": 2e-3}}, "took_s": 1.0},
+        },
+        "reference": {f"{v} fp32": steps for v in plan.VARIANTS},
+        "steps": dict.fromkeys(plan.SMALL, steps),
+        "collectives": {
+            "send": {"wrong": 0.0, "ranks": 2, "bytes": GIB, "each_s": 0.1, "took_s": 1.0}
+        },
+        "train": {
+            "170m transformer": trained(0.5, 4 * GIB),
+            "170m mac": trained(2.0, 6 * GIB),
+        },
+        "save": {p: {**long, "same": True, "again": short} for p in parts},
+        "resume": {p: {**short, "contents": contents, "from": "a" * 64} for p in parts},
+        "to cpu": {p: {**short, "contents": contents, "from": "a" * 64} for p in parts},
+        "back": {p: {**short, "contents": contents, "from": "b" * 64} for p in parts},
+        "zero": {
+            "stage 1": trained(1.0, 9 * GIB),
+            "stage 1, offload": trained(1.0, 6 * GIB),
+        },
+        "layouts": {"tensor": {**steps, "ranks": 2, "layout": "TP 2"}},
+    }
+    return json.loads(json.dumps(made))  # nothing is shared
+
+
+def of(rows: list[Row], verdict: str) -> list[str]:
+    return [f"{r.case}: {r.what}" for r in rows if r.verdict == verdict]
+
+
+def failures(measured: Measured, **tolerances: float) -> list[str]:
     named = {k.replace("_", " "): v for k, v in tolerances.items()}
-    rows = judge(measured, TOLERANCES | named)
-    return [f"{r.section}: {r.case}" for r in rows if r.verdict == "FAIL"]
+    return of(judge(measured, TOLERANCES | named), "failed")
+
+
+def runner(tmp_path: Path, seconds: float = 300, **settings: Any) -> Runner:
+    (tmp_path / "logs").mkdir(exist_ok=True)
+    given = {"device": "cpu", "dry": True, "ranks": 2, "lacking": {}, **settings}
+    end = time.monotonic() + seconds
+    return Runner(out=tmp_path, work=tmp_path, end=end, **given)
+
+
+# What is reported
 
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess, Path]:
     out = tmp_path_factory.mktemp("gpu-check") / "report"
-    command = [sys.executable, "-m", "titans_pretrain", "gpu-check", "--dry-run", "--out", str(out)]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
-    return said, out
+    line = [sys.executable, "-m", "titans_pretrain", "gpu-check", "--dry-run", "--out", str(out)]
+    return subprocess.run(line, capture_output=True, text=True, check=False), out
 
 
 @pytest.mark.slow
-def test_the_dry_run_passes_and_says_that_it_is_one(dry: Any) -> None:
+@pytest.mark.timeout(2000)
+def test_the_dry_run_runs_every_case_and_says_that_it_is_one(dry: Any) -> None:
     said, out = dry
     report = json.loads((out / "report.json").read_text())
     assert said.returncode == 0, said.stdout + said.stderr
-    assert report["passed"] and report["dry_run"] and report["device"] == "cpu"
+    assert report["finished"] and report["dry_run"] and report["device"] == "cpu"
     text = (out / "report.md").read_text()
     for words in (said.stdout, text):
         assert "nothing ran on a GPU" in words
@@ -77,143 +140,298 @@ def test_the_dry_run_passes_and_says_that_it_is_one(dry: Any) -> None:
     assert f"| torch | {torch.__version__} |" in text
     assert sorted(p.name for p in out.iterdir()) == ["logs", "report.json", "report.md"]
 
-    counts = Counter(f"{row['section']} {row['verdict']}" for row in report["rows"])
-    memories = 2 * len(problems.PROBLEMS)
-    assert counts == {
-        "memory PASS": memories,
-        "steps PASS": 12,
-        "run PASS": 6,
-        "run info": 6,
-        "speed info": 10,
-    }
-    console = [line for line in said.stdout.splitlines() if line.startswith(("PASS ", "info "))]
-    assert len(console) == len(report["rows"])
+    rows = report["rows"]
+    assert [r["what"] for r in rows if r["verdict"] != "passed"] == [
+        "stage 1, offload: GPU memory saved",
+        "stage 3, offload: GPU memory saved",
+    ], "all else has run"
+    told = {(r["case"].replace("repeat", "save"), r["what"]) for r in rows}
+    asked = {(g.section, part) for g in GROUPS for part in g.parts if g.section != "reference"}
+    assert asked <= told and len(told - asked) == 2
+    ranks = [
+        r["ranks"]
+        for section in ("zero", "collectives", "layouts")
+        for r in report["measured"][section].values()
+    ]
+    assert set(ranks) == {2}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2000)
 def test_the_dry_runs_values_are_those_computed_here(dry: Any) -> None:
     measured = json.loads((dry[1] / "report.json").read_text())["measured"]
     torch.set_num_threads(1)
-    for model in gpu_check_report.MODELS:
+    for variant in plan.VARIANTS:
         # Both sides are the CPU: equal to the last bit in fp32, close but not equal in bf16.
-        reference, mine = measured["reference"][f"{model} fp32"], measured["steps"]
-        assert len(reference["losses"]) == gpu_check_cases.STEPS == 20
+        reference, mine = measured["reference"][f"{variant} fp32"], measured["steps"]
         for what in ("losses", "norms"):
-            assert mine[f"{model} fp32"][what] == reference[what]
-            assert gpu_check_report.worst(mine[f"{model} bf16"][what], reference[what])[0] > 0
-        assert reference["losses"][-1] < reference["losses"][0] - 0.5, "there is something to learn"
-        assert len({measured["run"][f"{k} {model} fp32"]["content"] for k in KINDS}) == 1
-        assert measured["run"][f"resumed {model} fp32"]["losses"] == reference["losses"][3:6]
-
-        config = gpu_check_cases.run_config(TRY, model, "fp32")
+            assert mine[f"{variant} fp32"][what] == reference[what]
+            assert worst(mine[f"{variant} bf16"][what], reference[what])[0] > 0
+        config = small.run_config(TRY, variant, "fp32")
         where = {"dtype": torch.float32, "device": torch.device("cpu"), "recompute": False}
         plain = build_model(config.model, seed=0, **where)
         nats, labels = 0.0, 0
-        for batch in gpu_check_cases.made_batches(config, 1):
+        for batch in made_batches(config, 1):
             logits, _ = plain(batch.tokens, batch.positions)
             nats += token_loss(logits, batch.labels)[batch.loss_mask].double().sum().item()
             labels += int(batch.loss_mask.sum())
         assert reference["losses"][0] == pytest.approx(nats / labels, rel=1e-6)
-    for case, result in measured["memory"].items():
-        if case != "machine":
-            exact = 3e-6 if case.endswith("fp32") else 5e-3
-            assert max(result["errors"].values()) < exact, case
-            assert {"y", "d q", "d w_init.0", "final momentum.0"} <= result["errors"].keys()
+    for part in plan.SAVED:  # one device on both sides: all four ways are one
+        save, to_cpu, back = (measured[s][part] for s in ("save", "to cpu", "back"))
+        assert to_cpu["losses"] + back["losses"] == save["losses"][3:]
+        assert to_cpu["contents"] | back["contents"] == save["contents"]
 
 
-KINDS = ("straight", "again", "resumed")
-
-
-def test_a_broken_tolerance_or_value_turns_its_row_to_fail() -> None:
+def test_a_broken_tolerance_or_value_turns_its_row_to_failed() -> None:
     assert failures(fine()) == []
-    assert failures(fine(), memory_fp32=1e-9) == ["memory: ragged fp32"]
-    assert failures(fine(), memory_bf16=1e-9) == ["memory: ragged bf16"]
+    assert failures(fine(), memory_fp32=1e-9) == ["memory: fp32"]
+    assert failures(fine(), matmul_bf16=1e-9) == ["matmul: bf16"]
     measured = fine()
     measured["steps"]["lmm fp32"]["losses"][1] *= 1.002
-    assert failures(measured) == ["steps: lmm fp32, loss"]
+    assert failures(measured) == ["steps: lmm fp32"]
     assert failures(measured, steps_fp32=3e-3) == []
     measured["steps"]["mac bf16"]["norms"][0] = float("nan")
-    assert failures(measured) == ["steps: lmm fp32, loss", "steps: mac bf16, gradient norm"]
+    assert failures(measured) == ["steps: lmm fp32", "steps: mac bf16"]
     measured = fine()
-    measured["memory"]["ragged bf16"]["errors"]["d q"] = "Infinity"
-    assert failures(measured) == ["memory: ragged bf16"]
-    measured["reference"]["mac fp32"] = {"error": "exit code 1"}
-    wrong = ["reference: mac fp32", "memory: ragged bf16", "steps: mac fp32", "steps: mac bf16"]
+    measured["memory"]["bf16"]["errors"]["ragged"]["d q"] = "Infinity"
+    measured["collectives"]["send"]["wrong"] = 1.0
+    measured["layouts"]["tensor"]["norms"][1] = 2.1
+    measured["train"]["170m mac"]["losses"] = [9.0, 10.0]
+    wrong = ["memory: bf16", "collectives: send", "train: 170m mac", "layouts: tensor"]
     assert failures(measured) == wrong
-
-
-def test_resume_is_judged_bitwise_where_a_repeated_run_is() -> None:
     measured = fine()
-    measured["run"]["resumed mac bf16"]["content"] = "b" * 64
-    assert failures(measured) == ["run: mac bf16, 3 + 3 steps resumed = 6"]
+    measured["reference"]["mac fp32"] = {"error": "exit code 1"}
+    missing = ["steps: mac fp32", "steps: mac bf16", "layouts: tensor"]
+    assert failures(measured) == ["reference: mac fp32", *missing]
+
+
+def test_states_are_judged_to_the_bit_both_ways() -> None:
+    for section, step in (("resume", "6"), ("resume", "3"), ("to cpu", "3"), ("back", "6")):
+        measured = fine()
+        measured[section]["mac bf16"]["contents"][step] = "x" * 64
+        assert failures(measured) == [f"{section}: mac bf16"]
+    measured = fine()
+    measured["back"]["mac fp32"]["losses"][2] = 4.1
+    assert failures(measured) == ["back: mac fp32"]
 
     # Two uninterrupted runs differ: not resume's fault. Deterministic algorithms decide.
-    measured["run"]["again mac bf16"] |= {"content": "c" * 64, "losses": [4.0, 3.0003]}
-    for kind in ("straight", "resumed"):
-        measured["run"][f"{kind}/deterministic mac bf16"] = {
-            "content": "d" * 64,
-            "not_deterministic": ["some_backward"],
-        }
+    measured = fine()
+    saved = measured["save"]["mac bf16"]
+    again = {"losses": [4.0, 4.0004], "norms": [1.0, 1.0]}
+    steady = {**copy.deepcopy(saved), "lacking": ["some_backward"]}
+    steady["contents"]["6"] = "d" * 64
+    saved |= {"same": False, "again": again, "deterministic": steady}
+    assert failures(measured) == ["resume: mac bf16"]
+    measured["resume"]["mac bf16"]["contents"]["6"] = "d" * 64
     assert failures(measured) == []
-    twice, resumed = (r for r in judge(measured, TOLERANCES)[-3:-1])
-    assert twice.verdict == "info" and "differs by 1.0e-04" in twice.measured
-    assert resumed.measured == (
-        "equal, with deterministic algorithms (there are none for some_backward): dddddddddddd"
+    (row,) = (r for r in judge(measured) if (r.case, r.what) == ("repeat", "mac bf16"))
+    assert "differs by 1.0e-04; with deterministic algorithms bitwise equal" in row.figures
+    steady["same"] = False
+    assert failures(measured) == ["repeat: mac bf16"]
+
+
+def test_speed_and_memory_stand_beside_the_baseline() -> None:
+    rows = {(r.case, r.what): r for r in judge(fine())}
+    mac = rows["train", "170m mac"].figures
+    # 8192 tokens / 2 s, the median; 1e14 FLOP / 2 s / 1e15.
+    assert mac.startswith("4,096 tokens/s (0.25 x baseline), MFU 5.0%, peak 6.00 GiB (1.50 x")
+    saved = rows["zero", "stage 1, offload: GPU memory saved"]
+    assert (saved.verdict, saved.figures) == (
+        "passed",
+        "3.00 GiB at the peak; the optimizer state is 3.00 GiB",
     )
-    measured["run"]["resumed/deterministic mac bf16"]["content"] = "e" * 64
-    assert failures(measured) == ["run: mac bf16, 3 + 3 steps resumed = 6"]
-
-
-def test_unequal_repeats_are_run_again_with_deterministic_algorithms() -> None:
-    asked: list[tuple[str, list[str], str]] = []
-
-    def sections(section: str, cases: list[str], *, device: str = "") -> dict[str, Any]:
-        asked.append((section, list(cases), device))
-        return {c: {"content": "x" if c == "again lmm bf16" else "a"} for c in cases}
-
-    measured = gpu_check.measure(sections)  # type: ignore[arg-type]
-    special = [cases for _, cases, _ in asked if any("/" in case for case in cases)]
-    assert special == [["straight/deterministic lmm bf16"], ["resumed/deterministic lmm bf16"]]
-    assert [(s, d) for s, _, d in asked if d] == [("steps", "cpu")]
-    assert len(measured["run"]) == 6 * 3 + 2
+    measured = fine()
+    measured["zero"]["stage 1, offload"]["peak_bytes"] = 8 * GIB
+    assert failures(measured) == ["zero: stage 1, offload: GPU memory saved"]
+    measured["train"]["170m mac"]["rows"] = 1  # steps of another size are not compared
+    measured["matmul"]["bf16"]["peak_flop_per_s"] = None
+    rows = {(r.case, r.what): r for r in judge(measured)}
+    assert rows["train", "170m mac"].figures.startswith("4,096 tokens/s, MFU 10.0%, peak 6.00 GiB;")
 
 
 @pytest.mark.parametrize(("broken", "code"), [(False, 0), (True, 1)])
 def test_the_exit_code_and_the_report(
     broken: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(gpu_check, "require_cuda", lambda: "cuda")
-    monkeypatch.setattr(gpu_check, "measure", lambda sections: fine())
+    measured = fine()
+    measured["layouts"]["context"] = {"skipped": "one GPU"}
     if broken:
-        monkeypatch.setitem(TOLERANCES, "memory fp32", 1e-6)
-    assert gpu_check.main(["--out", str(tmp_path)]) == code
+        measured["zero"]["stage 3"] = {"error": "exit code 1: CUDA out of memory"}
+    monkeypatch.setattr(command, "require_cuda", lambda: ("cuda", 1))
+    monkeypatch.setattr(command, "missing", lambda env: {"engines": "DeepSpeed is not there"})
+    monkeypatch.setattr(Runner, "__call__", lambda self, group: self.measured.update(measured))
+    assert command.main(["--out", str(tmp_path)]) == code
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["passed"] is not broken and report["device"] == "cuda"
-    bad = [row for row in report["rows"] if row["verdict"] == "FAIL"]
-    assert [row["case"] for row in bad] == (["ragged fp32"] if broken else [])
+    assert report["device"] == "cuda" and report["finished"]
+    bad = [row["what"] for row in report["rows"] if row["verdict"] == "failed"]
+    assert bad == (["stage 3"] if broken else [])
+    assert {"case", "what", "verdict", "seconds", "figures"} <= report["rows"][0].keys()
     text, said = (tmp_path / "report.md").read_text(), capsys.readouterr().out
+    count = len(report["rows"])
+    line = f"{'FAILED' if broken else 'PASSED'}: {count - 1 - broken} passed, {int(broken)} failed"
     for words in (text, said):
-        assert "2.0e-06 (d q; y 1.0e-06; 2 tensors)" in words
-        assert ("FAIL: 1 rows failed, 19 passed" if broken else "PASS: all 20 rows") in words
-        assert "100,000 tokens/s, 0.5000 s, peak 3.00 GiB (so large)" in words
-        assert "DRY" not in words
-    assert "| d q | 2.0e-06 | 2.0e-03 |" in text and "| driver | 1.2 |" in text
+        assert "2.0e-06 (d q of 'ragged'; 1 problems)" in words
+        assert f"{line}, 1 skipped" in words
+        assert "DRY" not in words and "NOT FINISHED" not in words
+        assert ("CUDA out of memory" in words) is broken
+    assert "| d q | 2.0e-06 | 2.0e-03 |" in text and "DeepSpeed is not there" in text
+    assert "| stage 1, offload | 1 | 8,192 | 6.00 | 3.00 |" in text
+    row = "| 170m mac | 268.4M | 2 rows, 8,192 tokens, recompute none | 2.000 | 4,096 | 0.25 | 5.0%"
+    assert row in text
     assert "| step 2 |" + " 3.000000 |" * 3 + " 2.000000 |" * 3 in text
 
 
-def test_what_crashes_or_hangs_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "logs").mkdir()
-    sections = gpu_check.Sections("cpu", True, tmp_path, tmp_path, time.monotonic() + 200)
-    found = sections("memory", ["no such fp32", "ragged fp32"])
-    assert re.match(
-        r"exit code 1: ValueError: 'no such' is not in list", found["no such fp32"]["error"]
-    )
-    assert found["ragged fp32"]["errors"]["y"] < 1e-5
+def test_a_report_of_nothing_can_be_written() -> None:
+    names = ("command", "time", "commit", "device")
+    header = {**dict.fromkeys(names, "x"), "seconds": 1.0, "lacking": {}}
+    text = markdown({**header, "finished": False, "dry_run": False}, [], {})
+    assert "NOT FINISHED" in text and "Nothing was measured." in text
 
-    monkeypatch.setattr(gpu_check, "CASE_LIMIT_S", 0.2)
-    assert "hang: killed" in sections("memory", ["ragged fp32"])["ragged fp32"]["error"]
-    late = gpu_check.Sections("cpu", True, tmp_path, tmp_path, time.monotonic() - 1)
-    assert "time was over" in late("memory", ["ragged fp32"])["ragged fp32"]["error"]
+
+# Time, crashes, what is missing
+
+
+def test_what_crashes_or_hangs_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = runner(tmp_path)
+    run(Group("matmul", ("no such", "fp32"), "torch"))
+    found = run.measured["matmul"]
+    assert found["no such"]["error"].startswith("exit code 1: ")
+    assert found["no such"]["error"].endswith("KeyError: 'no such'")
+    assert found["fp32"]["wrong"] == 0.0
+    hasty = replace(run, dry=False, measured={})
+    hasty(Group("matmul", ("fp32",), "torch", least_s=0, most_s=0.2))
+    assert hasty.measured["matmul"] == {"fp32": {"error": "hang: killed after 0 s"}}
+
+
+def test_a_rank_that_crashes_is_quoted(tmp_path: Path) -> None:
+    run = runner(tmp_path)
+    run(Group("collectives", ("no such",), "torch", all_ranks=True))
+    assert "KeyError: 'no such'" in run.measured["collectives"]["no such"]["error"]
+
+
+def test_the_last_words_name_the_error() -> None:
+    log = "Traceback\n  File\ntorch.OutOfMemoryError: CUDA out of memory.\na\n\nb\nrank 0 failed\n"
+    said = "torch.OutOfMemoryError: CUDA out of memory. / a / b / rank 0 failed"
+    assert last_words(log) == said
+    assert last_words("a\nValueError: no\n") == "a / ValueError: no"
+    assert last_words("") == "no word"
+
+
+def test_what_does_not_fit_in_time_is_skipped(tmp_path: Path) -> None:
+    late = runner(tmp_path, seconds=20, dry=False)
+    late(Group("train", ("170m mac",), least_s=30))
+    (why,) = late.measured["train"].values()
+    assert why["skipped"].endswith("s were left, it needs about 30")
+    assert of(judge(late.measured), "skipped") == ["train: 170m mac"]
+
+    cut = runner(tmp_path, seconds=0.5, dry=False)
+    cut(Group("matmul", ("fp32",), "torch", least_s=0))
+    assert cut.measured["matmul"]["fp32"]["skipped"].startswith("not finished after")
+
+
+def test_needed_time_follows_what_was_measured() -> None:
+    large = next(g for g in GROUPS if "340m mag" in g.parts)
+    (one,) = (g for g in plan.processes([large], dry=False) if g.parts == ("340m mag",))
+    assert plan.needed_s(one, {}, dry=False) == one.least_s
+    measured = {"train": {"170m mag": {"seconds": [3.0, 2.0]}}}
+    expected = plan.START_S + 5 * 2.0 * (4.285 * 4 / 3 / 1.415)
+    assert plan.needed_s(one, measured, dry=False) == pytest.approx(expected)
+    assert plan.needed_s(one, {"train": {"170m mag": {"skipped": "x"}}}, dry=False) == one.least_s
+
+
+def test_the_plan_holds_each_case_in_order_of_worth() -> None:
+    started = list(plan.processes(GROUPS, dry=False))
+    alone = [g.parts for g in started if g.section in ("train", "zero", "layouts")]
+    assert all(len(parts) == 1 for parts in alone) and len(alone) == 5 + 5 + 2 + 4
+    flat = [part for g in started for part in g.parts]
+    assert flat == [part for g in GROUPS for part in g.parts]
+    assert {g.section for g in GROUPS} == child.MEASURES.keys()
+    trained = {f"170m {v}" for v in plan.VARIANTS} | {"340m transformer", "340m mag"}
+    assert {p for g in GROUPS if g.section == "train" for p in g.parts} == trained
+    dry = list(plan.processes(GROUPS, dry=True))
+    assert [part for g in dry for part in g.parts] == flat and len(dry) < len(started)
+
+
+def test_groups_that_cannot_run_say_why(tmp_path: Path) -> None:
+    lone = runner(tmp_path, ranks=1, lacking={"engines": "no DeepSpeed"})
+    for group in (Group("zero", ("stage 1",)), Group("layouts", ("data",), "torch")):
+        lone(group)
+    lone(Group("back", ("mac bf16",), "torch", after="to cpu"))
+    assert lone.measured == {
+        "zero": {"stage 1": {"skipped": "no DeepSpeed"}},
+        "layouts": {"data": {"skipped": "one GPU: there is nothing to divide"}},
+        "back": {"mac bf16": {"skipped": "it reads what 'to cpu' saves, which saved nothing"}},
+    }
+
+
+ABSENT = """
+import importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {names}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def without(folder: Path, *names: str) -> dict[str, str]:
+    """The environment of processes that cannot import these packages."""
+    (folder / "sitecustomize.py").write_text(ABSENT.format(names=set(names)))
+    env = environment("cpu")
+    return {**env, "PYTHONPATH": f"{folder}{os.pathsep}{env['PYTHONPATH']}"}
+
+
+@pytest.mark.slow
+def test_missing_packages_are_named_and_the_rest_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = without(tmp_path, "deepspeed", "megatron")
+    lacking = packages.missing(env)
+    assert list(lacking) == ["engines"]
+    assert "Megatron-core and DeepSpeed cannot be imported: " in lacking["engines"]
+    assert lacking["engines"].endswith(
+        ("No module named 'megatron'", "No module named 'deepspeed'")
+    )
+    monkeypatch.setenv("PYTHONPATH", env["PYTHONPATH"])
+    run = runner(tmp_path, lacking=lacking)
+    run(Group("steps", ("lmm fp32",), "models"))
+    run(Group("reference", ("lmm fp32",), "models", on_cpu=True))
+    run(Group("train", ("170m mac",), "models"))
+    run(Group("save", ("mac bf16",), "models"))
+    run(Group("resume", ("mac bf16",), after="save"))
+    rows = judge(run.measured)
+    assert [r.verdict for r in rows] == ["passed"] * 3 + ["skipped"]
+    assert "plain steps, without Megatron-core and DeepSpeed" in rows[0].figures
+
+
+@pytest.mark.slow
+def test_without_pydantic_the_memory_is_still_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = without(tmp_path, "deepspeed", "megatron", "pydantic", "yaml")
+    assert list(packages.missing(env)) == ["models", "engines"]
+    monkeypatch.setenv("PYTHONPATH", env["PYTHONPATH"])
+    run = runner(tmp_path)
+    run(Group("memory", ("fp32",), "torch"))
+    assert failures(run.measured) == [] and "errors" in run.measured["memory"]["fp32"]
+
+
+def test_wheels_stand_in_for_what_is_not_installed(tmp_path: Path) -> None:
+    wheels, folder = tmp_path / "wheels", tmp_path / "packages"
+    wheels.mkdir()
+    with pytest.raises(ConfigError, match="no wheels"):
+        packages.unpack(wheels, folder)
+    for name in ("not_installed_here", "torch_extra", "numpy"):
+        with zipfile.ZipFile(wheels / f"{name}-1.0-cp39-cp39-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}/__init__.py", "there = 1")
+    assert packages.unpack(wheels, folder) == ["not_installed_here-1.0-cp39-cp39-any.whl"]
+    assert [p.name for p in folder.iterdir()] == ["not_installed_here"]
+    env = environment("cpu", (folder,))
+    line = [sys.executable, "-c", "import not_installed_here as n, numpy; print(n.there)"]
+    assert subprocess.run(line, env=env, capture_output=True, text=True).stdout == "1\n"
+    assert importlib.metadata.version("numpy")
 
 
 def test_without_cuda_it_is_refused(
@@ -222,10 +440,36 @@ def test_without_cuda_it_is_refused(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     out = tmp_path / "report"
     with pytest.raises(ConfigError, match="sees no CUDA device"):
-        gpu_check.main(["--out", str(out)])
+        command.main(["--out", str(out)])
     assert cli.main(["gpu-check", "--out", str(out)]) == 2
     assert "--dry-run" in capsys.readouterr().err
     assert not out.exists()
+
+
+# What is measured
+
+
+@pytest.mark.slow
+def test_plain_steps_are_those_of_the_engines(tmp_path: Path) -> None:
+    engines, plain = runner(tmp_path), runner(tmp_path, lacking={"engines": "not there"})
+    for run in (engines, plain):
+        run(Group("steps", ("mac fp32", "mac bf16"), "models"))
+    for part, limit in (("mac fp32", 1e-5), ("mac bf16", 3e-3)):
+        mine, theirs = (run.measured["steps"][part] for run in (plain, engines))
+        assert mine["plain"] and "plain" not in theirs
+        for what in ("losses", "norms"):
+            assert len(mine[what]) == 6 and worst(mine[what], theirs[what])[0] < limit
+
+
+def test_what_does_not_fit_in_memory_is_known_before() -> None:
+    task = replace(TRY, dry=False)
+    two = large_config(task, "170m", "transformer", {"stage": 1})
+    one = large_config(task, "170m", "transformer", {"stage": 1}, rows=1)
+    assert two.train.micro_batch == 2 and two.data.sequence_length == 4096
+    held = 24 * 134_105_856
+    working = needed_bytes(two) - held
+    assert needed_bytes(one) - held == pytest.approx(working / 2, rel=0.05)
+    assert 1 * GIB < working < 40 * GIB
 
 
 @pytest.mark.parametrize("tiny", [False, True])

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from titans_pretrain.config import RunConfig
+from titans_pretrain.measure.made import DTYPES
 from titans_pretrain.memory.live_bytes import LiveBytes
 from titans_pretrain.model.loss import token_loss
 from titans_pretrain.model.titans import TitansLM
-from titans_pretrain.step import DTYPES, TrainStep
+
+if TYPE_CHECKING:
+    from titans_pretrain.step import TrainStep
 
 TOKENS = 512  # of a row that is tried; longer rows count in proportion
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from titans_pretrain.config import RunConfig
 from titans_pretrain.data.batch import Batch
+
+if TYPE_CHECKING:
+    from titans_pretrain.config import RunConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def made_row(config: RunConfig, sample: int) -> tuple[Tensor, ...]:
