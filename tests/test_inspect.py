@@ -117,6 +117,12 @@ def test_a_config_tells_its_size_work_and_layouts():
     assert rows["embedding"] == "65,536,000"
     assert rows["all"] == "1,501,862,752"
     assert re.search(r"  with recompute +17,565.\d\d\n", told)
+    kept = told.split("kept for backward")[1].split("\n\n")[0]
+    sizes = {line[:22].strip(): float(line[22:].replace(",", "")) for line in kept.splitlines()[1:]}
+    assert sizes.pop("sum") == pytest.approx(sum(sizes.values()), abs=0.5)
+    # Logits in float32, a quarter on each of four tensor ranks, and the last norm's and map's rows.
+    n, width, vocabulary = 4096, 2048, 32_000
+    assert sizes["logits"] == pytest.approx(n * (vocabulary * 4 / 4 + width * 10) / 2**20, rel=1e-3)
     assert "  2 steps of 524,288 tokens: 1,048,576 in all, pads included\n" in told
     assert re.search(r"^ +1  no: parallel.tensor=4, 1 ranks; use a multiple of 4", told, re.M)
     assert [

@@ -8,6 +8,7 @@ from pathlib import Path
 from titans_pretrain.config import ModelConfig, RunConfig, dump_config, load_config
 from titans_pretrain.errors import ConfigError
 from titans_pretrain.model.counts import flops_per_token, parameter_count
+from titans_pretrain.model.saved import saved_bytes
 from titans_pretrain.parallel.layout import plan_layout
 
 GPUS = (1, 8, 64, 512)
@@ -17,7 +18,7 @@ def describe_config(path: Path, overrides: Sequence[str] = ()) -> str:
     """Sizes, work, layouts, and the resolved tree, in lines. Raises ConfigError."""
     config = load_config(path, list(overrides))
     lines = [f"config {path}", *_model(config.model), ""]
-    lines += [*_parts(config), "", *_tokens(config), "", *_layouts(config)]
+    lines += [*_parts(config), "", *_kept(config), "", *_tokens(config), "", *_layouts(config)]
     return "\n".join([*lines, "", "resolved", *_indented(dump_config(config))])
 
 
@@ -45,6 +46,32 @@ def _parts(config: RunConfig) -> Iterator[str]:
 def _row(part: str, parameters: int | None, flops: float) -> str:
     number = "" if parameters is None else f"{parameters:,}"
     return f"  {part:<16}{number:>16}{flops / 1e6:>26,.2f}"
+
+
+def _kept(config: RunConfig) -> Iterator[str]:
+    """What one micro-batch's forward keeps for its backward on the rank that holds most of it."""
+    p, m = config.parallel, config.model
+    element = {"bf16": 2, "fp32": 4}[config.train.precision]
+    tokens = config.data.sequence_length // (p.context * p.segments)
+    blocks = -(-m.blocks // p.pipeline)
+    at_once = 1 if config.train.recompute == "blocks" else blocks
+    kept = saved_bytes(
+        m,
+        config.train.micro_batch,
+        tokens,
+        element,
+        blocks=at_once,
+        tensor=p.tensor,
+        sequence=p.sequence,
+        handed=p.context * p.segments > 1,
+    )
+    if at_once < blocks:  # of the others their inputs alone
+        inputs = (blocks - 1) * config.train.micro_batch * tokens * m.width * element
+        kept["stream"] += inputs / (p.tensor if p.sequence else 1)
+    yield f"  {'kept for backward':<22}{'MiB a micro-batch':>18}"
+    for kind, size in [*kept.items(), ("sum", sum(kept.values()))]:
+        if size:
+            yield f"  {kind:<22}{size / 2**20:>18,.1f}"
 
 
 def _tokens(config: RunConfig) -> Iterator[str]:
