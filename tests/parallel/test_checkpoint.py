@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import pickle
 import shutil
@@ -201,6 +202,34 @@ def test_a_hostile_metadata_file_is_refused_unopened(tmp_path: Path) -> None:
     assert not witness.exists()
     pickle.loads((folder / ".metadata").read_bytes())
     assert witness.exists()  # the attack itself works
+
+
+class ByName(pickle.Pickler):
+    """Enumerations as Python 3.11.2 pickles them."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, enum.Enum) else NotImplemented
+
+
+class Gained:
+    """getattr of anything else."""
+
+    def __reduce__(self) -> Any:
+        return (getattr, (dcp.Metadata, "__init__"))
+
+
+def test_metadata_of_another_python_is_read(tmp_path: Path) -> None:
+    run_world(train_save_train, 1, tiny_config(), tmp_path, 1, 0)
+    folder = checkpoint.folder_of(tmp_path, 1)
+    metadata = dcp.read_metadata(folder)
+    with (folder / ".metadata").open("wb") as file:
+        ByName(file).dump(metadata)
+    assert b"getattr" in (folder / ".metadata").read_bytes()
+    assert dcp.read_metadata(folder) == metadata
+
+    (folder / ".metadata").write_bytes(pickle.dumps(Gained()))
+    with pytest.raises(DataError, match="names '__init__' of"):
+        dcp.read_metadata(folder)
 
 
 def test_stored_paths_may_not_leave_the_folder(tmp_path: Path) -> None:

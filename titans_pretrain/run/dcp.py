@@ -15,6 +15,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -130,10 +131,20 @@ _ALLOWED = {
 _ALLOWED_DTYPES = {"float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool"}
 
 
+def _member(kind: Any, name: str) -> Enum:
+    """The member of an enumeration, which some versions of Python (3.11.2 is one) pickle as
+    getattr(class, name)."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"names {name!r} of {kind!r}")
+    return kind[name]
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED or (module == "torch" and name in _ALLOWED_DTYPES):
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         self._refuse(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
