@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -30,7 +29,7 @@ from titans_pretrain.data.batch import Batch
 from titans_pretrain.data.streaming import open_batches
 from titans_pretrain.errors import EXIT_DONE, EXIT_OTHER, ConfigError
 from titans_pretrain.feed import open_stream, with_vocabulary
-from titans_pretrain.launch.local import launch
+from titans_pretrain.launch.local import as_ranks
 from titans_pretrain.measure.made import made_batches
 from titans_pretrain.measure.step_benchmark import prepared
 from titans_pretrain.model.loss import token_loss, z_penalty
@@ -154,10 +153,8 @@ def run(args: argparse.Namespace) -> int:
     if args.shrink:
         config = shrunk(config, ranks)
     layout = plan_layout(config, ranks)
-    if "RANK" not in os.environ and ranks > 1:
-        command = [sys.executable, "-m", "titans_pretrain", *sys.argv[1:]]
-        with tempfile.TemporaryDirectory() as logs:
-            return launch(command, ranks, logs=Path(logs))
+    if (code := as_ranks(sys.argv[1:], ranks if ranks > 1 else None)) is not None:
+        return code
     with tempfile.TemporaryDirectory(dir=args.scratch) as mine:
         return verify(config, layout, args.steps, Path(mine), args.shrink, args.all)
 

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,20 @@ _POLL = 0.02  # seconds
 _CAUSE = 3.0  # seconds in which a rank that lost another may be followed by the one it lost
 _TAIL = 30  # lines of a failed rank that the console shows
 _PR_SET_PDEATHSIG = 1
+
+
+def as_ranks(arguments: Sequence[str], ranks: int | None) -> int | None:
+    """Runs this command again as `ranks` ranks and returns their exit code; None where there is
+    nothing to start: this process is a rank already, or works alone (ranks None).
+
+    Args:
+        arguments: of `titans-pretrain`. For what leaves no run folder: logs go to a temporary one.
+    """
+    if ranks is None or "RANK" in os.environ:
+        return None
+    with tempfile.TemporaryDirectory() as logs:
+        command = [sys.executable, "-m", "titans_pretrain", *arguments]
+        return launch(command, ranks, logs=Path(logs))
 
 
 def launch(command: Sequence[str], ranks: int, *, logs: Path, grace: float = 5.0) -> int:

@@ -21,7 +21,7 @@ import torch
 
 from titans_pretrain.config import RunConfig, load_config
 from titans_pretrain.errors import ConfigError
-from titans_pretrain.launch.local import launch
+from titans_pretrain.launch.local import as_ranks
 from titans_pretrain.measure.failing import Failing
 from titans_pretrain.measure.made import made_batches
 from titans_pretrain.measure.step_benchmark import VOCABULARY, for_benchmark, write_json
@@ -47,10 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if min(args.saves, args.ranks or 1) < 1:
         parser.error("--saves and --ranks are at least 1")
     config = load_config(args.config, args.overrides)
-    if args.ranks is not None and "RANK" not in os.environ:
-        command = [sys.executable, "-m", "titans_pretrain", "bench", "save"]
-        with tempfile.TemporaryDirectory() as logs:
-            return launch([*command, *argv], args.ranks, logs=Path(logs))
+    if (code := as_ranks(["bench", "save", *argv], args.ranks)) is not None:
+        return code
     figures = measure(config, args.saves, args.folder)
     if int(os.environ.get("RANK", 0)) == 0:
         print(table(figures))

@@ -26,7 +26,7 @@ from titans_pretrain.config import RunConfig, load_config
 from titans_pretrain.data.batch import Batch
 from titans_pretrain.errors import ConfigError
 from titans_pretrain.feed import open_stream, with_vocabulary
-from titans_pretrain.launch.local import launch
+from titans_pretrain.launch.local import as_ranks
 from titans_pretrain.measure.failing import Failing
 from titans_pretrain.measure.footprint import held_bytes
 from titans_pretrain.measure.made import made_batches, matmul_rate
@@ -69,10 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if min(args.steps, args.warm_up + 1, args.ranks or 1) < 1:
         parser.error("--steps and --ranks are at least 1, --warm-up is at least 0")
     config = load_config(args.config, args.overrides)
-    if args.ranks is not None and "RANK" not in os.environ:
-        command = [sys.executable, "-m", "titans_pretrain", "bench", "step"]
-        with tempfile.TemporaryDirectory() as logs:
-            return launch([*command, *argv], args.ranks, logs=Path(logs))
+    if (code := as_ranks(["bench", "step", *argv], args.ranks)) is not None:
+        return code
     figures = measure(config, args.steps, args.warm_up, args.synthetic)
     if int(os.environ.get("RANK", 0)) == 0:
         print(table(figures))

@@ -9,9 +9,7 @@ ranks of a profiled run side by side.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor
 
 from titans_pretrain.config import ParallelConfig, TrainConfig
-from titans_pretrain.launch.local import launch
+from titans_pretrain.launch.local import as_ranks
 from titans_pretrain.measure.lanes import Span, draw, write_lanes
 from titans_pretrain.parallel.context import ModelSeam
 from titans_pretrain.parallel.layout import Layout
@@ -88,10 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.traces is not None:
         print(write_lanes(args.traces))
         return 0
-    if "RANK" not in os.environ and not args.simulate:
-        command = [sys.executable, "-m", "titans_pretrain", "bench", "wave"]
-        with tempfile.TemporaryDirectory() as logs:
-            return launch([*command, *argv], args.ranks, logs=Path(logs))
+    ranks = None if args.simulate else args.ranks
+    if (code := as_ranks(["bench", "wave", *argv], ranks)) is not None:
+        return code
     chain = chain_of(args.ranks, args.layers, args.milliseconds / 1000, args.memory, args.sweep)
     if args.simulate:
         foresee(replace(chain, segments=args.segments), args.micro_batches, args.draw)
