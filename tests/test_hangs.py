@@ -15,8 +15,9 @@ import pytest
 
 from tests.prepared import ROOT, small_dataset, small_run, write_config
 from tests.torture import Life, until
-from tests.worlds import free_port, run_world
+from tests.worlds import run_world
 from titans_pretrain.errors import EXIT_DONE, EXIT_HANG
+from titans_pretrain.launch.local import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

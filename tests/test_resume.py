@@ -17,10 +17,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.prepared import small_dataset, small_run, write_config
-from tests.worlds import free_port, run_world
+from tests.worlds import run_world
 from titans_pretrain.config import parse_config
 from titans_pretrain.data.stream import TrainStream, batch_hash
 from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED
+from titans_pretrain.launch.local import free_port
 from titans_pretrain.run import checkpoint
 from titans_pretrain.run.metrics import read_records
 

@@ -29,9 +29,9 @@ from typing import Any
 import psutil
 
 from tests.prepared import ROOT, small_dataset, small_run, write_config
-from tests.worlds import free_port
 from titans_pretrain.config import WatchdogConfig
 from titans_pretrain.errors import EXIT_DONE
+from titans_pretrain.launch.local import free_port
 from titans_pretrain.run import checkpoint
 from titans_pretrain.run.lock import newest_claim
 from titans_pretrain.run.metrics import read_records

@@ -11,23 +11,18 @@ import io
 import multiprocessing
 import os
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from titans_pretrain.launch.local import free_port
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["titans_pretrain.step"]  # torch, deepspeed and megatron-core with it
 )
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def _pack(value: Any) -> bytes:

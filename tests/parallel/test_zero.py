@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from tests.parallel.parity import parity_config
-from tests.parallel.through_zero import assert_equals_one_plain_process, batches_of, start
+from tests.parallel.through_zero import (
+    assemble,
+    assert_equals_one_plain_process,
+    batches_of,
+    run_steps,
+    start,
+)
+from tests.parallel.tiny import PlainRun
 from tests.worlds import run_world
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import DivergedError
@@ -59,6 +66,25 @@ def test_twenty_steps_of_every_variant_under_zero_3(variant: str) -> None:
 def test_twenty_steps_of_mac(layout: str) -> None:
     ranks, parallel = LAYOUTS[layout]
     assert_equals_one_plain_process(parity_config("mac", parallel, **WELL_CONDITIONED), ranks)
+
+
+@pytest.mark.parametrize(
+    "zero", [{"stage": 1, "offload": True}, {"stage": 2}, ALL_DIVIDED], ids=str
+)
+def test_bf16_is_the_same_in_every_stage(zero: dict[str, Any]) -> None:
+    """Gradients are accumulated and summed in float32 in all of them."""
+    changes = {"train__precision": "bf16", **WELL_CONDITIONED}
+    one, other = (
+        run_world(run_steps, 2, parity_config("mac", {"zero": z}, **changes), {}, [1, 2, 3])
+        for z in ({"stage": 1}, zero)
+    )
+    for s in (1, 2, 3):
+        assert other[0][0][s][:2] == pytest.approx(one[0][0][s][:2], rel=1e-6)
+    like = PlainRun(parity_config("mac", {}, **changes)).weights()
+    expected, got = (assemble([rank[1] for rank in ranks], like) for ranks in (one, other))
+    for name, weight in expected.items():
+        moved = (weight - like[name]).norm()
+        assert (got[name] - weight).norm() <= 1e-4 * moved, name
 
 
 def poisoned(config: RunConfig) -> tuple[str, bool, list[int]]:

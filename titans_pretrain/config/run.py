@@ -73,6 +73,8 @@ class ZeroConfig(Section):
     stage: Annotated[int, Field(ge=0, le=3)] = 1
     offload: bool = False  # optimizer state in the host's memory
     bucket: Positive = 500_000_000  # elements reduced at once, at most
+    # In which a bf16 run's gradients are summed over ranks; bf16 sends half the bytes, rounded.
+    reduce: Literal["fp32", "bf16"] = "fp32"
     overlap: bool = False  # reduce while the backward goes on; stages 2 and 3
     # Neighbouring ranks that hold a whole copy of the parameters between them, e.g. those of a
     # node; stage 3 (hpZ of ZeRO++, arXiv 2306.10209). 1: all ranks share one.

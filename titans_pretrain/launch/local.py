@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -21,10 +22,11 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from titans_pretrain.errors import EXIT_DONE, EXIT_HANG, EXIT_NODE, EXIT_SAVED
+from titans_pretrain.errors import EXIT_DONE, EXIT_HANG, EXIT_NODE, EXIT_SAVED, NodeError
 from titans_pretrain.run.files import storage_error
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_OUTGOING = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _POLL = 0.02  # seconds
 _CAUSE = 3.0  # seconds in which a rank that lost another may be followed by the one it lost
 _TAIL = 30  # lines of a failed rank that the console shows
@@ -59,7 +61,7 @@ def launch(command: Sequence[str], ranks: int, *, logs: Path, grace: float = 5.0
         outputs = [stack.enter_context(_output(logs, rank)) for rank in range(1, ranks)]
         stack.callback(end, processes, 0.0)  # whatever happens, no rank stays behind
         stack.enter_context(forwarding(processes))
-        port = str(_free_port())
+        port = str(free_port())
         for rank in range(ranks):
             stream = outputs[rank - 1] if rank else None
             processes.append(
@@ -95,10 +97,21 @@ def _environment(rank: int, ranks: int, port: str) -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def free_port() -> int:
+    """A port that nobody listens on, and that the kernel gives nobody until it is used: it lies
+    below those for outgoing connections. Raises NodeError if there is none."""
+    below = int(_OUTGOING.read_text().split()[0]) if _OUTGOING.exists() else 32768
+    chance = random.SystemRandom()  # others that look for one right now look elsewhere
+    for _ in range(100):
+        port = chance.randrange(max(1024, below - 16384), max(2048, below))
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+    raise NodeError(
+        "no free port in a hundred tries",
+        "ranks of one machine meet at a port of 127.0.0.1",
+        "end what holds so many ports (ss -tlnp), or start the ranks by another launcher",
+    )
 
 
 def _output(logs: Path, rank: int) -> IO[bytes]:

@@ -126,6 +126,7 @@ class ZeroOptimizer:
         if self._bf16:
             config["bf16"] = {"enabled": True}
             config["data_types"] = {"grad_accum_dtype": "fp32"}
+            config["communication_data_type"] = zero.reduce
             if zero.stage == 1:
                 config["bf16"]["immediate_grad_update"] = True
         self.adamw = torch.optim.AdamW(groups, lr=groups[0]["lr"], betas=betas, eps=eps)
