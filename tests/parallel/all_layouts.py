@@ -1,6 +1,6 @@
 """`make parity`: every layout and variant against one plain process, in float64, as a table.
 
-    python -m tests.parallel.all_layouts [--ranks N] [--variants mac,lmm]
+    python -m tests.parallel.all_layouts [--ranks N] [--variants mac,lmm] [--begin K]
 
 Layouts of more ranks than there are cores run as well, only slower.
 """
@@ -46,6 +46,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, default=8, metavar="N", help="at most; default 8")
     parser.add_argument("--variants", default=",".join(VARIANTS), metavar="A,B")
+    parser.add_argument("--begin", type=int, default=1, metavar="K", help="with the K-th layout")
     args = parser.parse_args()
     wanted = args.variants.split(",")
     cases = []
@@ -56,6 +57,7 @@ def main() -> int:
             continue  # not a legal one
     print(f"| layout | ranks | {' | '.join(wanted)} |\n|---|---|{'---|' * len(wanted)}")
     began, bad = time.monotonic(), 0
+    cases = cases[args.begin - 1 :]
     for done, (layout, ranks, parallel) in enumerate(cases, 1):
         cells = []
         for variant in wanted:
@@ -64,7 +66,8 @@ def main() -> int:
             bad += not good
             cells.append(f"{off:.0e}" if good else f"**{off:.0e}** {name}")
         left = (time.monotonic() - began) / done * (len(cases) - done)
-        print(f"| {layout.describe().removesuffix(', ZeRO-1')} | {ranks} | {' | '.join(cells)} |")
+        name = layout.describe().replace(", ZeRO-1", "")
+        print(f"| {name} | {ranks} | {' | '.join(cells)} |", flush=True)
         print(f"{done}/{len(cases)}, {left / 60:.0f} minutes to go", file=sys.stderr, flush=True)
     print(f"\n{len(cases)} layouts, {len(cases) * len(wanted)} cases, {bad} beyond {TOLERANCE:.0e}")
     return 1 if bad else 0
