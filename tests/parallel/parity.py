@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,16 +18,16 @@ from tests.model.helpers import hot_model
 from tests.parallel.tiny import micro_batches, tiny_config
 from tests.worlds import run_world
 from titans_pretrain.config import RunConfig
-from titans_pretrain.data.batch import concatenate
+from titans_pretrain.data.batch import Batch, concatenate
 from titans_pretrain.model.loss import token_loss, z_penalty
 from titans_pretrain.model.titans import map_state
 from titans_pretrain.parallel.context import hand_on, shard
-from titans_pretrain.parallel.layout import Shard, plan_layout
+from titans_pretrain.parallel.layout import Layout, Shard, plan_layout
 from titans_pretrain.parallel.link import Link
 from titans_pretrain.parallel.pipeline import Schedule, Stage, sum_tied
 from titans_pretrain.parallel.tensor import fill, vocabulary_loss, vocabulary_penalty
-from titans_pretrain.parallel.world import context_ranks, start_world, world_size
-from titans_pretrain.pieces import build_pieces
+from titans_pretrain.parallel.world import World, context_ranks, start_world, world_size
+from titans_pretrain.pieces import Pieces, build_pieces
 
 TOLERANCE = 1e-9  # of a tensor's largest entry
 Z = 0.01  # z-loss: its sum over the vocabulary is one more thing to divide
@@ -83,13 +84,20 @@ def plain(
     return nats, gradients
 
 
-def divided(
-    config: RunConfig, values: dict[str, torch.Tensor], meddle: Meddle | None
-) -> tuple[float, list[tuple[Shard, torch.Tensor]]]:
-    """On a rank: nats a label, and the gradients of its shards, before ZeRO's sum over
-    data-parallel and context ranks."""
-    if meddle is not None:
-        meddle()
+@dataclass
+class Built:
+    """A divided model on this rank, in float64, and its share of step 1."""
+
+    layout: Layout
+    world: World
+    pieces: Pieces
+    schedule: Schedule
+    batches: list[Batch]
+    link: Link | None
+
+
+def build(config: RunConfig, values: dict[str, torch.Tensor]) -> Built:
+    """Collective. values: the weights, by unsharded name."""
     layout = plan_layout(config, world_size())
     world = start_world(config.train, layout)
     pieces = build_pieces(
@@ -98,7 +106,7 @@ def divided(
         world.rank,
         seed=0,
         dtype=torch.float64,
-        device=torch.device("cpu"),
+        device=world.device,
         recompute=config.train.recompute == "blocks",
         sequence_length=config.data.sequence_length,
     )
@@ -108,10 +116,10 @@ def divided(
     z = (config.train.z_loss, vocabulary_penalty if share else z_penalty)
     where = (torch.float64, layout, config.model.width)
     stages = [Stage(p.model, loss, *where, z, first=p.first, last=p.last) for p in pieces]
-    place = world.place
-    schedule = Schedule(stages, layout, world.device, place.context)
-    batches = micro_batches(config, 1, place.data, layout.data_parallel)
+    schedule = Schedule(stages, layout, world.device, world.place.context)
+    batches = micro_batches(config, 1, world.place.data, layout.data_parallel)
     segments = config.parallel.segments
+    link: Link | None = None
     if layout.context * segments > 1:
         join = {"segments": segments, "pieces": config.parallel.interleave}
         link = Link.join(context_ranks(), world.device, timeout_s=100, **join)
@@ -119,11 +127,24 @@ def divided(
             hand_on(piece.model, link, number)
         batches = [shard(b, i, segments) for b in batches for i in range(segments)]
         batches = [shard(b, link.index, link.size) for b in batches]
+    return Built(layout, world, pieces, schedule, batches, link)
+
+
+def divided(
+    config: RunConfig, values: dict[str, torch.Tensor], meddle: Meddle | None
+) -> tuple[float, list[tuple[Shard, torch.Tensor]]]:
+    """On a rank: nats a label, and the gradients of its shards, before ZeRO's sum over
+    data-parallel and context ranks."""
+    if meddle is not None:
+        meddle()
+    built = build(config, values)
+    layout, world, pieces, batches = built.layout, built.world, built.pieces, built.batches
+    place = world.place
     labels = sum(int(b.loss_mask.sum()) for b in batches) * (place.tensor + place.pipeline == 0)
     tokens = int(world.sum([float(labels)])[0])
-    seen = schedule.run(batches, tokens_in_step=tokens)
-    if layout.context * segments > 1:
-        link.drain()
+    seen = built.schedule.run(batches, tokens_in_step=tokens)
+    if built.link is not None:
+        built.link.drain()
     gradients = {n: p.grad for n, p in pieces.root.named_parameters() if p.grad is not None}
     if config.model.tied_embeddings and layout.pipeline > 1:
         sum_tied(gradients.items())

@@ -9,23 +9,17 @@ import pytest
 import torch
 
 from tests.model.helpers import hot_model
-from tests.parallel.parity import TOLERANCE, parity_config, values_of
+from tests.parallel.parity import TOLERANCE, build, parity_config, values_of
 from tests.parallel.tiny import micro_batches
 from tests.worlds import run_world
 from titans_pretrain.config import RunConfig
 from titans_pretrain.joined import joined
 from titans_pretrain.memory import tally
 from titans_pretrain.memory.observe import observe_memory
-from titans_pretrain.model.loss import token_loss
 from titans_pretrain.model.titans import map_state
-from titans_pretrain.parallel.context import hand_on, shard
+from titans_pretrain.parallel.context import shard
 from titans_pretrain.parallel.group import Group
 from titans_pretrain.parallel.layout import plan_layout
-from titans_pretrain.parallel.link import Link
-from titans_pretrain.parallel.pipeline import Schedule, Stage
-from titans_pretrain.parallel.tensor import fill, vocabulary_loss
-from titans_pretrain.parallel.world import context_ranks, start_world, world_size
-from titans_pretrain.pieces import build_pieces
 
 Seen = tuple[dict[str, dict[str, float]], dict[str, dict[str, list[float]]]]
 
@@ -55,34 +49,11 @@ def divided(
 ) -> tuple[Seen | None, int]:
     """On a rank: what it writes (rank 0 alone does), and how many bytes it sent for that."""
     tally.MOST = most
-    layout = plan_layout(config, world_size())
-    world = start_world(config.train, layout)
-    pieces = build_pieces(
-        config.model,
-        layout,
-        world.rank,
-        seed=0,
-        dtype=torch.float64,
-        device=world.device,
-        recompute=config.train.recompute == "blocks",
-        sequence_length=config.data.sequence_length,
-    )
-    fill(pieces.root, pieces.shards, lambda name, shape: values[name])
-    loss = vocabulary_loss if layout.tensor > 1 else token_loss
-    where = (torch.float64, layout, config.model.width)
-    stages = [Stage(p.model, loss, *where, first=p.first, last=p.last) for p in pieces]
-    schedule = Schedule(stages, layout, world.device, world.place.context)
-    batches = micro_batches(config, 1, world.place.data, layout.data_parallel)
-    segments = config.parallel.segments
-    if layout.context * segments > 1:
-        link = Link.join(context_ranks(), world.device, timeout_s=100, segments=segments)
-        for number, piece in enumerate(pieces):
-            hand_on(piece.model, link, number)
-        batches = [shard(b, i, segments) for b in batches for i in range(segments)]
-        batches = [shard(b, link.index, link.size) for b in batches]
+    built = build(config, values)
+    world = built.world
     group = Group.join(world, lambda place: place.data == 0)
-    with observe_memory(cut=layout.context > 1) as seen:
-        schedule.run(batches, tokens_in_step=1)
+    with observe_memory(cut=built.layout.context > 1) as seen:
+        built.schedule.run(built.batches, tokens_in_step=1)
     whole = None if group is None else joined(group, seen)
     world.shut_down()
     sent = 0 if group is None else group.bytes

@@ -32,6 +32,11 @@ class MemoryConfig(Section):
     # (a deviation from the paper, which then takes no collective under tensor parallelism there).
     projections: Literal["dense", "block_diagonal"] = "dense"
 
+    @property
+    def pool(self) -> int | None:
+        """Queries averaged into one memory token; None: learned queries, which need no token."""
+        return {"pool1": 1, "pool2": 2, "learned": None}[self.retrieved]
+
 
 class ModelConfig(Section):
     """A stack of blocks; `variant` picks the wiring of its token mixer."""
@@ -72,6 +77,12 @@ class ModelConfig(Section):
         if self.variant in ("mag", "mal"):
             return self.window or 2048
         return self.window
+
+    @property
+    def retrieved_tokens(self) -> int:
+        """Memory tokens of one segment of MAC."""
+        pool = self.memory.pool
+        return self.segment // pool if pool else self.memory.learned_queries
 
     @property
     def alignment(self) -> int:

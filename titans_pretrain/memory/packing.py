@@ -23,6 +23,12 @@ from titans_pretrain.memory.state import check_positions
 Pairs = tuple[Tensor, Tensor]  # documents (by rank) and the rows they lie in, int64
 
 
+def runs(steps: int) -> tuple[tuple[int, int], ...]:
+    """So many steps as ~sqrt(steps) runs (first, end)."""
+    run = max(1, math.isqrt(max(steps - 1, 0)) + (steps > 1))
+    return tuple((j, min(j + run, steps)) for j in range(0, steps, run))
+
+
 @dataclass(frozen=True)
 class PackingPlan:
     """The layout of one batch; it depends on the positions and the chunk alone.
@@ -50,10 +56,8 @@ class PackingPlan:
 
     @property
     def groups(self) -> tuple[tuple[int, int], ...]:
-        """Runs of steps (first, end); the state is kept at the start of each, ~sqrt(steps) runs."""
-        steps = len(self.sizes)
-        run = max(1, math.isqrt(max(steps - 1, 0)) + (steps > 1))
-        return tuple((j, min(j + run, steps)) for j in range(0, steps, run))
+        """Runs of steps; the state is kept at the start of each."""
+        return runs(len(self.sizes))
 
     @property
     def ends_inside(self) -> bool:

@@ -27,7 +27,7 @@ def parameter_count(config: ModelConfig) -> dict[str, int]:
         gates = (D + 1) * H * L * 3
         memory = maps * D * D + 3 * WIDTH * D + gates + D  # + convolutions, and the read's norm
         memory += 2 * D * config.memory.residual_norm
-        fast = H * sum(a * o for a, o in _shapes(config))
+        fast = H * sum(a * o for a, o in memory_shapes(config))
     if config.memory.projections == "block_diagonal":  # attention.o; q, k, v and gates
         attention -= D * D - D * config.head_width
         memory -= (3 * D + 3 * H * L) * (D - config.head_width)
@@ -59,7 +59,7 @@ def flops_per_token(
     """
     D, H, C, G = config.width, config.heads, config.memory.chunk, config.segment
     T, P, spec, kv = sequence_length, config.persistent_tokens, config.memory, config.kv_width
-    shapes = _shapes(config)
+    shapes = memory_shapes(config)
     products = sum(a * o for a, o in shapes)
     flops = {
         "mlp": 6.0 * D * config.mlp_hidden,
@@ -94,8 +94,7 @@ def flops_per_token(
     if config.variant == "mag":
         flops["attention_maps"] -= 2.0 * D * D  # the memory's `out` serves both
     if config.variant == "mac":
-        pool = {"pool1": 1, "pool2": 2}.get(spec.retrieved)
-        R = G // pool if pool else spec.learned_queries
+        pool, R = spec.pool, config.retrieved_tokens
         seen = P + R + G
         if useful:
             past = sum((i + 1) // pool for i in range(G)) / G if pool else R
@@ -114,6 +113,7 @@ def flops_per_token(
     return total
 
 
-def _shapes(config: ModelConfig) -> tuple[tuple[int, int], ...]:
+def memory_shapes(config: ModelConfig) -> tuple[tuple[int, int], ...]:
+    """The layers (a, o) of a head's memory."""
     spec = MemorySpec(depth=config.memory.depth, expansion=config.memory.expansion)
     return spec.shapes(config.head_width)

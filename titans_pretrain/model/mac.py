@@ -73,7 +73,7 @@ class MacMixer(nn.Module):
         if self.own_features:
             self.attention.o = HeadLinear(config.heads, d, d, **where)
         self.memory = memory
-        self.segment, self.pool = config.segment, POOL[config.memory.retrieved]
+        self.segment, self.pool = config.segment, config.memory.pool
         self.persistent = self.asked = None
         if config.persistent_tokens:
             shape: tuple[int, ...] = (config.persistent_tokens, D)
@@ -236,7 +236,7 @@ class MacMixer(nn.Module):
             segment=config.segment,
             chunk=config.memory.chunk,
             persistent=config.persistent_tokens,
-            pool=POOL[config.memory.retrieved],
+            pool=config.memory.pool,
             learned=config.memory.learned_queries,
             carried=bool(state) or before is not None,
             head_width=config.head_width,
@@ -244,10 +244,6 @@ class MacMixer(nn.Module):
             dtype=like.dtype,
             device=like.device,
         )
-
-
-# Queries averaged into one memory token; None: learned queries, which depend on no token.
-POOL: dict[str, int | None] = {"pool1": 1, "pool2": 2, "learned": None}
 
 
 def _slots(x: Tensor, plan: SegmentPlan) -> list[Tensor]:

@@ -7,11 +7,10 @@ copies of weights. The attention is a fused kernel: no score is kept.
 
 from __future__ import annotations
 
-from math import isqrt
-
 from titans_pretrain.config import ModelConfig
 from titans_pretrain.memory.layer import TAIL, WIDTH
-from titans_pretrain.memory.rules import MemorySpec
+from titans_pretrain.memory.packing import runs
+from titans_pretrain.model.counts import memory_shapes
 
 
 def saved_bytes(
@@ -61,18 +60,16 @@ def saved_bytes(
 
 
 def boundaries(steps: int) -> int:
-    """States that the memory keeps inside so many chunks (memory/packing.py, its `groups`)."""
-    run = max(1, isqrt(max(steps - 1, 0)) + (steps > 1))
-    return max(0, -(-steps // run) - 1)
+    """States that the memory keeps inside so many chunks."""
+    return max(0, len(runs(steps)) - 1)
 
 
 def _products(config: ModelConfig) -> int:
     """Elements of a memory's weights."""
-    spec = MemorySpec(config.memory.depth, config.memory.expansion)
-    return config.heads * sum(a * o for a, o in spec.shapes(config.head_width))
+    return config.heads * sum(a * o for a, o in memory_shapes(config))
 
 
-def _conv(config: ModelConfig, e: int, w: int, tokens: int) -> float:
+def _conv(config: ModelConfig, w: int, tokens: int) -> float:
     """A token through one convolution: input, shifted rows, sum."""
     return (3 * config.width + TAIL * config.width / tokens) * w
 
@@ -82,7 +79,7 @@ def _written(config: ModelConfig, e: int, w: int, tokens: int) -> float:
     D, H, L = config.width, config.heads, config.memory.depth
     unit = (D + 2 * H) * w
     gates = (3 + 2 + 1) * H * L * w + (D * w if e < w else 0)
-    return 3 * _conv(config, e, w, tokens) + 2 * unit + gates + 3 * D * w
+    return 3 * _conv(config, w, tokens) + 2 * unit + gates + 3 * D * w
 
 
 def _normed(config: ModelConfig, w: int) -> float:
@@ -108,9 +105,7 @@ def _masks(config: ModelConfig, rows: int, tokens: int, e: int) -> float:
     if config.variant == "lmm":
         return 0
     if config.variant == "mac":
-        pool = {"pool1": 1, "pool2": 2}.get(config.memory.retrieved)
-        R = G // pool if pool else config.memory.learned_queries
-        return tokens * (P + R + G) * e
+        return tokens * (P + config.retrieved_tokens + G) * e
     P = 0 if config.variant == "transformer" else P
     whole = P == 0 and (window is None or window >= tokens)
     return 0 if whole else rows * tokens * (P + tokens) * e
@@ -161,9 +156,8 @@ def _mal(config: ModelConfig, rows: int, tokens: int, e: int, w: int) -> Kept:
 
 def _mac(config: ModelConfig, rows: int, tokens: int, e: int, w: int) -> Kept:
     D, H, G, P = config.width, config.heads, config.segment, config.persistent_tokens
-    pool = {"pool1": 1, "pool2": 2}.get(config.memory.retrieved)
-    R = (1 / pool) if pool else config.memory.learned_queries / G  # memory tokens of a token
-    asked = (_conv(config, e, w, tokens) + (D + 2 * H) * w) if pool else 0.0
+    R = config.retrieved_tokens / G  # memory tokens of a token
+    asked = (_conv(config, w, tokens) + (D + 2 * H) * w) if config.memory.pool else 0.0
     hidden = config.memory.expansion * D * (config.memory.depth - 1)
     # Queries; before and after each activation; the norm's input and output; h.
     asked += R * (D * w + 2 * hidden * w + 2 * (D + H) * w + D * e)
