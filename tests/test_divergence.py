@@ -15,9 +15,10 @@ from tests.prepared import small_dataset, small_run
 from tests.test_resume import content, curve
 from tests.test_resume import train as train_plainly
 from tests.worlds import run_world
-from titans_pretrain.config import parse_config
+from titans_pretrain.config import DivergenceConfig, parse_config
 from titans_pretrain.data.stream import TrainStream
-from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED, DivergedError
+from titans_pretrain.divergence import Divergence, robust_z
+from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED, ConfigError, DivergedError
 from titans_pretrain.run import checkpoint
 
 STEPS = 16
@@ -86,10 +87,6 @@ def tree_of(folder: Path, data: Path, on: str, **changes: Any) -> dict[str, Any]
 
 
 def losses(folder: Path) -> list[tuple[int, float, float, float | None]]:
-    (folder / "metrics.jsonl").rename(folder / "whole.jsonl")
-    lines = [json.loads(line) for line in (folder / "whole.jsonl").read_text().splitlines()]
-    assert all(("event" in line) != ("values" in line) for line in lines)
-    (folder / "whole.jsonl").rename(folder / "metrics.jsonl")
     return curve(str(folder))
 
 
@@ -131,3 +128,126 @@ def test_a_run_passes_by_what_is_poisoned_and_resumes_bitwise(
     assert losses(tmp_path / "parts") == expected
     assert content(parts["folder"]) == content(whole["folder"])
     assert events(tmp_path / "parts") == events(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", POISONS)
+def test_a_run_stops_with_4_and_says_at_what(
+    kind: str, data: Path, poison: list[Pair], tmp_path: Path
+) -> None:
+    tree = tree_of(tmp_path / "run", data, "stop", validation__every=0)
+    (told, other) = run_world(train, 2, tree, poison, POISONS[kind])
+    assert told.splitlines()[0] == other.splitlines()[0] or kind == "not finite"
+    assert told.startswith("step 11: loss ")
+    assert checkpoint.list_steps(tmp_path / "run" / "checkpoints") == [4, 8]
+    if kind == "spike":
+        loss, rest = told.removeprefix("step 11: loss ").split(", a spike: robust z-score ")
+        z, rest = rest.split(" above the median ")
+        before = [loss for _, loss, *_ in losses(tmp_path / "run")][-8:]
+        assert robust_z(float(loss), before) == pytest.approx(float(z), abs=0.05)
+        assert "samples 80, 81, 82, 83, 84, 85, 86, 87\n" in rest
+    # Spikes are looked at only where the config says so, and then only those learnt from count.
+    tree = tree_of(tmp_path / "default", data, "stop", validation__every=0, divergence={})
+    given = run_world(train, 1, tree, poison, POISONS[kind])
+    if kind == "spike":
+        assert given == [EXIT_DONE]
+        assert max(loss for _, loss, *_ in losses(tmp_path / "default")) > 20
+        assert "divergence" not in state_at(tmp_path / "default", STEPS)
+    else:
+        assert given[0].startswith("step 11: loss nan")
+
+
+@pytest.mark.parametrize("on", SKIPPED)
+def test_other_ranks_and_workers_go_on_with_the_same_samples(
+    on: str, data: Path, poison: list[Pair], tmp_path: Path
+) -> None:
+    bad = poison, POISONS["spike"]
+    whole, parts = (tree_of(tmp_path / n, data, on) for n in ("whole", "parts"))
+    parts["data"]["workers"] = 1
+    assert run_world(train, 1, whole, *bad) == [EXIT_DONE]
+    assert run_world(train, 2, parts, *bad, 13) == [EXIT_SAVED] * 2
+    assert state_at(tmp_path / "parts", 13)["data"]["skips"] == SKIPPED[on]
+    parts["data"]["workers"] = 0
+    assert run_world(train, 1, parts, *bad) == [EXIT_DONE]
+    for one, other in zip(losses(tmp_path / "whole"), losses(tmp_path / "parts"), strict=True):
+        assert other[1] == pytest.approx(one[1], rel=1e-4)
+    ends = [state_at(tmp_path / n, STEPS) for n in ("whole", "parts")]
+    assert ends[0]["data"] == ends[1]["data"]
+    assert ends[0]["data"]["next_sample"] == SKIPPED[on][-1][1] + (16 if on == "skip" else 64)
+    assert ends[0]["tokens"] == ends[1]["tokens"]
+
+
+@pytest.mark.parametrize("on", SKIPPED)
+def test_a_hopeless_run_ends_with_4(
+    on: str, data: Path, poison: list[Pair], tmp_path: Path
+) -> None:
+    policy = {"on": on, "budget": 1, "within": 6}
+    tree = tree_of(tmp_path / on, data, on, divergence=policy, validation__every=0)
+    # Rewound to step 8, step 11 is once more the poisoned one: the second of two in six steps.
+    (told,) = run_world(train, 1, tree, poison, math.inf)
+    found = told.splitlines()[0]
+    assert found.startswith("step 13: loss nan" if on == "skip" else "step 11: loss nan")
+    assert "helped no longer: steps 11 were passed by before" in found
+
+
+def test_without_a_checkpoint_there_is_no_way_back(
+    data: Path, poison: list[Pair], tmp_path: Path
+) -> None:
+    tree = tree_of(tmp_path / "run", data, "rewind", checkpoint__every_steps=50)
+    (told,) = run_world(train, 1, tree, poison, math.inf)
+    assert "there is no checkpoint to go back to" in told
+    tree["checkpoint"]["every_steps"] = 0
+    with pytest.raises(ConfigError, match=r"divergence\.on=rewind, checkpoint\.every_steps=0"):
+        parse_config(tree, "test")
+
+
+def test_robust_z_scores() -> None:
+    assert robust_z(9.0, [1, 2, 3, 4, 5]) == pytest.approx(6 / 1.4826)
+    assert robust_z(9.0, [5, 4, 1e9, 2, 1]) == pytest.approx((9 - 4) / (1.4826 * 2))
+    assert robust_z(-3.0, [1, 2, 3, 4, 5]) == pytest.approx(-6 / 1.4826), "a fall is no spike"
+    assert robust_z(2.0, [2.0] * 8) == 0
+    assert robust_z(2.1, [2.0] * 8) > 1000 > 1 > robust_z(2.0 + 1e-9, [2.0] * 8)
+
+
+PAST = [4.0, 4.1, 3.9, 4.2, 3.8, 4.0, 4.1, 3.9]  # median 4.0, median absolute deviation 0.1
+
+
+def detector(past: list[float], **config: Any) -> Divergence:
+    found = Divergence(DivergenceConfig.model_validate({"spike": 10.0, "window": 8, **config}))
+    for loss in past:
+        found.learnt_from(loss)
+    return found
+
+
+def test_spikes_are_judged_by_the_last_losses_learnt_from() -> None:
+    limit = 4.0 + 10 * 1.4826 * 0.1
+    found = detector(PAST)
+    assert found.judge(limit - 1e-6) == ""
+    assert found.judge(limit + 0.5) == (
+        "a spike: robust z-score 13.4 above the median 4.0000 of the last 8 losses "
+        "(divergence.spike=10)"
+    )
+    assert found.judge(0.0) == "" == detector(PAST[:7]).judge(99.0) == detector([]).judge(99.0)
+    assert detector(PAST, spike=0).judge(99.0) == ""
+    moved = detector([9.0 * loss for loss in PAST] + PAST)
+    assert moved.judge(limit + 0.5) != "", "older losses are forgotten"
+
+    state = json.loads(json.dumps(found.state()))["divergence"]
+    again = Divergence(found.config, state)
+    assert again.state() == found.state() and again.judge(6.0) == found.judge(6.0) != ""
+    assert detector(PAST, spike=0).state() == {}, (
+        "by default a checkpoint holds no more than before"
+    )
+    assert detector([], spike=0, on="skip").state() != {}
+
+
+def test_a_budget_is_fresh_after_progress() -> None:
+    error = DivergedError("step 9: loss nan", "finite", "lower the rate")
+    found = detector([], on="skip", budget=2, within=10)
+    found.pass_by(9, (64, 72), error)
+    found.pass_by(9, (72, 80), error)
+    with pytest.raises(DivergedError, match=r"step 9: loss nan; .* steps 9, 9 were passed by"):
+        found.pass_by(18, (152, 160), error)
+    again = Divergence(found.config, found.state()["divergence"])
+    again.pass_by(19, (160, 168), error)
+    again.go_back(None)
+    assert again.state()["divergence"]["passed_by"] == [{"step": 19, "samples": [160, 168]}]
