@@ -172,7 +172,7 @@ def test_other_ranks_and_workers_go_on_with_the_same_samples(
         assert other[1] == pytest.approx(one[1], rel=1e-4)
     ends = [state_at(tmp_path / n, STEPS) for n in ("whole", "parts")]
     assert ends[0]["data"] == ends[1]["data"]
-    assert ends[0]["data"]["next_sample"] == SKIPPED[on][-1][1] + (16 if on == "skip" else 64)
+    assert ends[0]["data"]["next_sample"] == SKIPPED[on][-1][1] + (32 if on == "skip" else 64)
     assert ends[0]["tokens"] == ends[1]["tokens"]
 
 
