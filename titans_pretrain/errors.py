@@ -6,7 +6,7 @@
 | 1         | anything not listed here                       |
 | 2         | configuration                                  |
 | 3         | data                                           |
-| 4         | diverged (loss or gradient not finite, or a spike) |
+| 4         | diverged (loss or gradient not finite; spike)  |
 | 75        | saved on request, to be continued              |
 | 76        | node fault (disk, device, lost peer)           |
 | 77        | hang: no progress, or a rank not heard of      |
