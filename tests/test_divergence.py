@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from tests.prepared import small_dataset, small_run
@@ -19,7 +20,7 @@ from titans_pretrain.config import DivergenceConfig, parse_config
 from titans_pretrain.data.stream import TrainStream
 from titans_pretrain.divergence import Divergence, robust_z
 from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED, ConfigError, DivergedError
-from titans_pretrain.run import checkpoint
+from titans_pretrain.run import checkpoint, dcp
 
 STEPS = 16
 BAD = (11, 14)  # the batches, from 1, that hold a poisoned document
@@ -128,6 +129,52 @@ def test_a_run_passes_by_what_is_poisoned_and_resumes_bitwise(
     assert losses(tmp_path / "parts") == expected
     assert content(parts["folder"]) == content(whole["folder"])
     assert events(tmp_path / "parts") == events(tmp_path / "whole")
+
+
+def train_without(tree: dict[str, Any], skips: list[list[int]]) -> int:
+    """One life of a run on this rank, which never hears of some samples."""
+    start = TrainStream.start
+    TrainStream.start = lambda self: {**start(self), "skips": skips}  # type: ignore[method-assign]
+    return train_plainly(tree)
+
+
+@pytest.mark.parametrize("on", SKIPPED)
+def test_what_is_passed_by_might_as_well_never_have_been(
+    on: str, data: Path, poison: list[Pair], tmp_path: Path
+) -> None:
+    """Also the steps that a rewind goes back over; TensorBoard shows one curve, and the events."""
+    trees = [
+        tree_of(tmp_path / name, data, on, log__tensorboard=True) for name in ("poisoned", "clean")
+    ]
+    assert run_world(train, 1, trees[0], poison, POISONS["spike"]) == [EXIT_DONE]
+    assert run_world(train_without, 1, trees[1], SKIPPED[on]) == [EXIT_DONE]
+    found, expected = tmp_path / "poisoned", tmp_path / "clean"
+    assert losses(found) == losses(expected)
+    last = [checkpoint.folder_of(folder / "checkpoints", STEPS) for folder in (found, expected)]
+    assert dcp.hash_tensors(last[0]) == dcp.hash_tensors(last[1])
+    states = [state_at(folder, STEPS) for folder in (found, expected)]
+    for key in ("data", "tokens", "validation_loss"):
+        assert states[0][key] == states[1][key]
+    assert states[0]["divergence"]["losses"] == states[1]["divergence"]["losses"]
+    assert [p["step"] for p in states[0]["divergence"]["passed_by"]] == (
+        [11, 13] if on == "skip" else [11, 11]
+    )
+
+    board = EventAccumulator(str(found / "tensorboard"), {"scalars": 0, "tensors": 0}).Reload()
+    assert [e.step for e in board.Scalars("train/loss")] == list(range(1, STEPS + 1))
+    assert [e.value for e in board.Scalars("data/skipped")][-1] == sum(
+        b - a for a, b in SKIPPED[on]
+    )
+    told = [
+        (e.step, e.tensor_proto.string_val[0].decode()) for e in board.Tensors("events/divergence")
+    ]
+    assert told == events(found)
+    if on == "rewind":
+        assert told[0][0] == 9 and told[0][1].startswith("step 11: loss 5")
+        assert told[0][1].endswith(
+            "samples 64 to 111 are skipped; back to the checkpoint of step 8"
+        )
+    assert [e.step for e in board.Tensors("events/start")] == [0]
 
 
 @pytest.mark.parametrize("kind", POISONS)

@@ -56,7 +56,6 @@ def fetch(
     data, met = before, []
     try:
         micro_batches, data = next(batches)
-        data = {**data, "skips": before["skips"]}  # some were found since it began to read ahead
         met = new_entries(before["quarantine"], data["quarantine"])
     except TitansError as e:
         failure = e
