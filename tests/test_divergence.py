@@ -168,12 +168,12 @@ def test_what_is_passed_by_might_as_well_never_have_been(
     told = [
         (e.step, e.tensor_proto.string_val[0].decode()) for e in board.Tensors("events/divergence")
     ]
-    assert told == events(found)
+    # A rewind cuts the records back, its own kind's too; TensorBoard keeps texts all the same.
+    assert told[-1] == events(found)[-1] and len(told) == 2
     if on == "rewind":
-        assert told[0][0] == 9 and told[0][1].startswith("step 11: loss 5")
-        assert told[0][1].endswith(
-            "samples 64 to 111 are skipped; back to the checkpoint of step 8"
-        )
+        step, text = told[-1]
+        assert step == 9 and text.startswith("step 11: loss 63.")
+        assert text.endswith("samples 64 to 111 are skipped; back to the checkpoint of step 8")
     assert [e.step for e in board.Tensors("events/start")] == [0]
 
 
