@@ -62,6 +62,7 @@ class Watch:
         self._behind = 0.0  # seconds that checkpoints complete since then took behind training
         self._spent = 0.0  # seconds of watching since the last record
         self._recorded = start  # the last step with a record
+        self._start = start
         self._reached = start  # the last step done
         self._seen: Observation | None = None
         self._sampler: Sampler | None = None
@@ -108,7 +109,8 @@ class Watch:
         try:
             if at.step < self._reached:
                 self._open(at.step, at.tokens)
-                self._metrics.introduce(board.layout(self.config), self._texts)
+                if at.step <= self._start:  # else the introduction lies before what is hidden now
+                    self._metrics.introduce(board.layout(self.config), self._texts)
             self._metrics.event(at.step + 1, at.tokens, "events/divergence", told)
         except NodeError as e:
             return e
