@@ -106,6 +106,7 @@ POISONS = {"not finite": math.inf, "spike": 300.0}
 SKIPPED = {"skip": [[80, 88], [104, 112]], "rewind": [[64, 112]]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("kind", POISONS)
 @pytest.mark.parametrize("on", ["skip", "rewind"])
@@ -203,6 +204,7 @@ def test_a_run_stops_with_4_and_says_at_what(
         assert given[0].startswith("step 11: loss nan")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on", SKIPPED)
 def test_other_ranks_and_workers_go_on_with_the_same_samples(
     on: str, data: Path, poison: list[Pair], tmp_path: Path
