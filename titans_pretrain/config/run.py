@@ -175,7 +175,8 @@ class DivergenceConfig(Section):
     # the median of the last `window` losses is a spike, e.g. 12; 0: spikes are not looked at.
     spike: Annotated[float, Field(ge=0)] = 0.0
     window: Annotated[int, Field(ge=8)] = 100  # steps; before so many losses none is a spike
-    budget: Positive = 3  # skips or rewinds within so many steps; one more ends the run with exit 4
+    # So many skips or rewinds in the last `within` steps; one more ends the run with exit 4.
+    budget: Positive = 3
     within: Positive = 1000  # steps
 
     @property
