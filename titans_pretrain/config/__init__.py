@@ -10,6 +10,7 @@ from titans_pretrain.config.load import apply_override, dump_config, load_config
 from titans_pretrain.config.model import MemoryConfig, ModelConfig
 from titans_pretrain.config.run import (
     CheckpointConfig,
+    DivergenceConfig,
     LogConfig,
     OptimConfig,
     ParallelConfig,
@@ -29,6 +30,7 @@ __all__ = [
     "CacheConfig",
     "CheckpointConfig",
     "DataConfig",
+    "DivergenceConfig",
     "LogConfig",
     "MemoryConfig",
     "ModelConfig",
