@@ -31,6 +31,7 @@ from titans_pretrain.parallel.world import World, start_world, world_size
 from titans_pretrain.phases import phase
 from titans_pretrain.run import checkpoint, marks
 from titans_pretrain.run.console import open_log
+from titans_pretrain.run.files import storage_error
 from titans_pretrain.run.folder import RunFolder
 from titans_pretrain.run.lock import newest_claim
 from titans_pretrain.run.saver import Saver
@@ -124,10 +125,18 @@ def run_training(
             reason = str(home.folder.stop) if home.folder.stop.exists() else reason
             log.info("saved at step %d on request (%s); to be continued", at.step, reason)
             world.agree(lambda: watch.stopping(at.step, reason))
-            world.only_first(marks.saved)  # all have saved, and none has left
+            world.only_first(mark_saved)  # all have saved, and none has left
             return EXIT_SAVED
         log.info("done: %d steps, %s tokens", at.step, f"{at.tokens:,}")
         return EXIT_DONE
+
+
+def mark_saved() -> None:
+    """Tells the job script, where there is one, that the run is to be continued."""
+    try:
+        marks.saved()
+    except OSError as e:
+        raise storage_error(e, "telling the job script of the save") from e
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -132,7 +132,7 @@ def differences(folder: RunFolder, config: RunConfig) -> Iterator[str]:
     then, now = (flatten(c.model_dump(mode="json")) for c in (load_config(former), config))
     if now["model.vocab_size"] is None:  # a run fills it in from its data
         now["model.vocab_size"] = then["model.vocab_size"]
-    for key in sorted(then.keys() | now.keys()):
+    for key in sorted((then.keys() | now.keys()) - {"folder"}):
         if then.get(key) != now.get(key):
             yield f"{key}: {then.get(key)} in {former}, {now.get(key)} now"
 

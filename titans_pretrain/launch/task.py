@@ -21,6 +21,7 @@ from titans_pretrain.errors import (
     TitansError,
 )
 from titans_pretrain.run import marks, signals
+from titans_pretrain.run.files import storage_error
 
 
 class SlurmTask:
@@ -32,10 +33,13 @@ class SlurmTask:
             return self
         signals.install()  # before torch is imported, which takes seconds
         place_from_slurm(os.environ)
-        if scratch := os.environ.get("TMPDIR"):
-            Path(scratch).mkdir(parents=True, exist_ok=True)
-        if os.environ.get("RANK", "0") == "0":
-            mine.write("started")
+        try:
+            if scratch := os.environ.get("TMPDIR"):  # of this node
+                Path(scratch).mkdir(parents=True, exist_ok=True)
+            if os.environ["RANK"] == "0":
+                mine.write("started")
+        except OSError as e:
+            raise storage_error(e, f"beginning in {mine.run}", starting=True) from e
         return self
 
     def __exit__(
