@@ -30,8 +30,9 @@ from titans_pretrain.parallel.layout import plan_layout
 from titans_pretrain.parallel.world import World, start_world, world_size
 from titans_pretrain.phases import phase
 from titans_pretrain.recovery import Recovery, random_state, restore
-from titans_pretrain.run import checkpoint
+from titans_pretrain.run import checkpoint, marks
 from titans_pretrain.run.console import open_log
+from titans_pretrain.run.files import storage_error
 from titans_pretrain.run.folder import RunFolder
 from titans_pretrain.run.lock import newest_claim
 from titans_pretrain.run.saver import Saver
@@ -123,7 +124,8 @@ def run_training(
             timed = config.checkpoint.every_minutes and minutes >= config.checkpoint.every_minutes
             with phase("watch"):
                 trouble = watch.record(at, report, took, waited, step.whole_model) or saver.poll()
-            stopping, timed = agree_to_go_on(world, trouble, stop.requested, bool(timed))
+            asked = stop.requested or (world.rank == 0 and home.folder.stop.exists())
+            stopping, timed = agree_to_go_on(world, trouble, asked, bool(timed))
             leave = stopping or at.step >= last
             if leave or timed or due(at.step, config.checkpoint.every_steps, 0):
                 at = replace(at, data=stream.complete(at.data, world.gather_by_data))
@@ -133,11 +135,21 @@ def run_training(
         saver.wait()
         if at.step < config.train.steps:
             reason = stop.reason or ("another rank's request" if stopping else "--stop-after")
+            reason = str(home.folder.stop) if home.folder.stop.exists() else reason
             log.info("saved at step %d on request (%s); to be continued", at.step, reason)
             world.agree(lambda: watch.stopping(at.step, reason))
+            world.only_first(mark_saved)  # all have saved, and none has left
             return EXIT_SAVED
         log.info("done: %d steps, %s tokens", at.step, f"{at.tokens:,}")
         return EXIT_DONE
+
+
+def mark_saved() -> None:
+    """Tells the job script, where there is one, that the run is to be continued."""
+    try:
+        marks.saved()
+    except OSError as e:
+        raise storage_error(e, "telling the job script of the save") from e
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -171,7 +183,7 @@ def take_folder(config: RunConfig, world: World, leaving: contextlib.ExitStack) 
         if claim := newest_claim(folder.path):
             end = "ended in order" if claim.released else "was killed or lost its node"
             former = f"life {claim.life} on {claim.host} {end}"
-        lock = leaving.enter_context(folder.take())
+        lock = leaving.enter_context(folder.take(patience=marks.patience()))
         require_mine = lock.require_mine
         folder.write_config(dump_config(config))
         checkpoint.clean(folder.checkpoints)
