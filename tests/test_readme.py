@@ -64,6 +64,8 @@ RUN = {
     "titans-pretrain bench wave": "--ranks 2 --layers 2 --micro-batches 1",
     "titans-pretrain bench save": f"--saves 1 {SMALL_MODEL}",
     "titans-pretrain bench data": "--help",  # its own test runs it: it judges the machine's speed
+    "titans-pretrain submit": "--dry-run",  # the real one: slurm/README.md
+    "titans-pretrain stop": "--help",
     "titans-pretrain gpu-check": "--help",  # minutes, and held by its own test
 }
 PARSE = (  # beginnings of what is not run
