@@ -60,9 +60,13 @@ def values_of(config: RunConfig) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in hot_model(config.model).named_parameters()}
 
 
-def plain(config: RunConfig) -> tuple[float, Gradients]:
+def plain(
+    config: RunConfig, weights: dict[str, torch.Tensor] | None = None
+) -> tuple[float, Gradients]:
     """Nats a label of step 1's rows, and the gradient of the objective."""
     model = hot_model(config.model)
+    if weights is not None:
+        model.load_state_dict(weights)
     batch = concatenate(micro_batches(config, 1, 0, 1))
     labels, state, nats = batch.loss_mask.sum(), None, 0.0
     segments = config.parallel.segments
@@ -166,11 +170,19 @@ def compare(
     results = run_world(divided, ranks, config, values_of(config), meddle, timeout=240)
     layout = plan_layout(config, ranks)
     found = assemble(results, reference, layout.data_parallel * layout.context, whole)
-    off = {"loss": max(abs(r[0] - nats) / abs(nats) for r in results)}
-    for name, gradient in reference.items():
+    return differences((nats, reference), *((r[0], found) for r in results))
+
+
+def differences(
+    reference: tuple[float, Gradients], *others: tuple[float, Gradients]
+) -> dict[str, float]:
+    """Of the losses ("loss", the worst) and of the last one's gradients, as `compare` has them."""
+    nats, gradients = reference
+    off = {"loss": max(abs(other - nats) / abs(nats) for other, _ in others)}
+    for name, gradient in gradients.items():
         largest = gradient.abs().max()
         assert largest > 1e-9, f"{name} has no gradient to compare"
-        off[name] = float((found[name] - gradient).abs().max() / largest)
+        off[name] = float((others[-1][1][name] - gradient).abs().max() / largest)
     return off
 
 
