@@ -22,7 +22,7 @@ ARROWS = {
     "parallel": ("config", "errors", "data.batch", "phases"),
     "phases": (),
     "run": ("config", "errors", "parallel.layout", "phases"),
-    "launch": ("errors", "run.files"),
+    "launch": ("config", "errors", "run", "parallel.layout"),
     "measure": (
         *("config", "errors", "data", "memory", "model", "parallel", "run", "launch"),
         *("phases", "feed", "step", "watch"),

@@ -64,6 +64,8 @@ RUN = {
     "titans-pretrain bench wave": "--ranks 2 --layers 2 --micro-batches 1",
     "titans-pretrain bench save": f"--saves 1 {SMALL_MODEL}",
     "titans-pretrain bench data": "--help",  # its own test runs it: it judges the machine's speed
+    "titans-pretrain submit": "--dry-run",  # the real one: slurm/README.md
+    "titans-pretrain stop": "--help",
     "titans-pretrain gpu-check": "--help",  # minutes, and held by its own test
 }
 PARSE = (  # beginnings of what is not run
@@ -197,7 +199,7 @@ def test_every_command_runs_as_written(copy: Path):
 
 
 def test_options_named_alone_exist():
-    asked = ("", "train", "compare", "verify")
+    asked = ("", "train", "compare", "verify", "submit")
     usage = "; ".join(f"titans-pretrain {command} --help" for command in asked)
     usage = shell(usage, ROOT).stdout
     assert options(README) - {"--index-url"} <= set(re.findall(r"--[a-z-]+", usage))  # pip's

@@ -24,6 +24,8 @@ from titans_pretrain.errors import EXIT_DONE, EXIT_NODE, ConfigError, TitansErro
 _ELSEWHERE = {
     "prepare": ("text to token shards", "titans_pretrain.data.prepare_command"),
     "tokenizer": ("train, inspect or import a tokenizer", "titans_pretrain.data.tokenizer_command"),
+    "submit": ("submit a run to Slurm", "titans_pretrain.launch.submit_command"),
+    "stop": ("save a run and end it for good", "titans_pretrain.launch.stop_command"),
     "generate": ("write text with a trained model", "titans_pretrain.evaluate.generate_command"),
     "verify": ("check a layout against one plain process", "titans_pretrain.verify"),
     "gpu-check": ("check and time this machine's GPU", "titans_pretrain.measure.gpu_check.command"),
@@ -148,7 +150,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
     args, rest = parser.parse_known_args(argv)
     # Overrides may stand on either side of an option; argparse takes only the first group.
-    if args.command in ("train", "compare"):
+    if args.command in ("train", "compare", "submit"):
         args.overrides += [a for a in rest if "=" in a and not a.startswith("-")]
         rest = [a for a in rest if "=" not in a or a.startswith("-")]
     if rest:
@@ -190,6 +192,13 @@ def _positive(text: str) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from titans_pretrain.launch.task import SlurmTask
+
+    with SlurmTask():
+        return _train_here(args)
+
+
+def _train_here(args: argparse.Namespace) -> int:
     from titans_pretrain.config import load_config
     from titans_pretrain.run.lock import refuse_if_held_here
 

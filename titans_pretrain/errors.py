@@ -6,7 +6,7 @@
 | 1         | anything not listed here                       |
 | 2         | configuration                                  |
 | 3         | data                                           |
-| 4         | diverged (a non-finite loss or gradient)       |
+| 4         | diverged (loss or gradient not finite; spike)  |
 | 75        | saved on request, to be continued              |
 | 76        | node fault (disk, device, lost peer)           |
 | 77        | hang: no progress, or a rank not heard of      |
@@ -54,7 +54,7 @@ class DataError(TitansError):
 
 
 class DivergedError(TitansError):
-    """A non-finite loss or gradient, found before any weight or moment changed."""
+    """A non-finite loss or gradient, or a spike, found before any weight or moment changed."""
 
     exit_code = EXIT_DIVERGED
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,10 @@ def build_model(
     initialise(built, seed)
     built.recompute = recompute
     return built
+
+
+def _take_any(loss: float) -> str:
+    return ""
 
 
 class TrainStep:
@@ -137,11 +141,17 @@ class TrainStep:
         ranks as one."""
         return self.pieces.pieces[0].model if self.layout.whole else self._together
 
-    def __call__(self, micro_batches: Sequence[Batch], step: int) -> StepReport:
+    def __call__(
+        self,
+        micro_batches: Sequence[Batch],
+        step: int,
+        judge: Callable[[float], str] = _take_any,
+    ) -> StepReport:
         """Update number `step` (from 1). Collective.
 
-        Raises DivergedError on every rank, before any weight or moment has changed, if a loss or
-        a gradient is not finite.
+        Raises DivergedError on every rank if a loss or a gradient is not finite, or if `judge`,
+        told the step's loss (nats a label, the same number on every rank), says why it must not be
+        learnt from. Then no weight, moment or count has changed, and no gradient is left.
         """
         began = time.perf_counter()
         micro_batches = self._shares(micro_batches)
@@ -169,7 +179,12 @@ class TrainStep:
             *nats, penalty, bad = self.world.sum([*seen, float(not finite)])
         loss = sum(nats) / max(1, tokens)
         if bad or not _finite(loss):
-            raise self._diverged(step, loss, micro_batches)
+            error = self._diverged(step, loss, micro_batches)
+            self.optimizer.drop()
+            raise error
+        if why := judge(loss):
+            self.optimizer.drop()
+            raise self._refused(step, loss, why, micro_batches)
         began = time.perf_counter()
         o = self.config.optim
         lr = learning_rate(step, o, self.config.train.steps)
@@ -245,6 +260,16 @@ class TrainStep:
             "loss and gradients are finite; nothing was updated with these",
             "look at these samples (titans-pretrain inspect), lower optim.lr, or resume from the "
             "last checkpoint",
+        )
+
+    def _refused(self, step: int, loss: float, why: str, batches: Sequence[Batch]) -> DivergedError:
+        mine = [s for b in batches for s in b.samples.tolist()]
+        samples = [str(s) for told in self.world.gather_by_data(mine) for s in told]
+        return DivergedError(
+            f"step {step}: loss {loss}, {why}; samples {_some(samples)}",
+            "the loss does not jump; nothing was updated with these",
+            "look at these samples (titans-pretrain inspect), lower optim.lr, or let the run pass "
+            "them by: divergence.on=skip or rewind",
         )
 
 

@@ -9,19 +9,19 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from titans_pretrain.config import RunConfig, dump_config
+from titans_pretrain.config import DivergenceConfig, RunConfig, dump_config
 from titans_pretrain.data.manifest import Manifest
 from titans_pretrain.data.sources import validation_sets
 from titans_pretrain.data.streaming import Stream
 from titans_pretrain.data.validation import validation_batches
 from titans_pretrain.describe import describe_run
-from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED, TitansError
+from titans_pretrain.divergence import Divergence
+from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED, DivergedError, TitansError
 from titans_pretrain.feed import fetch, open_stream, with_vocabulary
 from titans_pretrain.measure.failing import Failing
 from titans_pretrain.measure.profile import Profile, check_profile
@@ -29,8 +29,10 @@ from titans_pretrain.model.counts import parameter_count
 from titans_pretrain.parallel.layout import plan_layout
 from titans_pretrain.parallel.world import World, start_world, world_size
 from titans_pretrain.phases import phase
-from titans_pretrain.run import checkpoint
+from titans_pretrain.recovery import Recovery, random_state, restore
+from titans_pretrain.run import checkpoint, marks
 from titans_pretrain.run.console import open_log
+from titans_pretrain.run.files import storage_error
 from titans_pretrain.run.folder import RunFolder
 from titans_pretrain.run.lock import newest_claim
 from titans_pretrain.run.saver import Saver
@@ -72,7 +74,8 @@ def run_training(
         config = failing.config = with_vocabulary(config, stream)
         home = take_folder(config, world, leaving)
         step = failing.step = TrainStep(config, layout, world)
-        at = resume(config, home.folder, world, step, stream, init_from)
+        at, saved = resume(config, home.folder, world, step, stream, init_from)
+        divergence = Divergence(config.divergence, saved.get("divergence"))
         where = (at.step, at.tokens, stream.progress)
         watch = world.agree(lambda: Watch(config, home.folder, world, leaving, sets, *where))
         announce(config, world, step, stream, at, home, watch, init_from)
@@ -85,13 +88,16 @@ def run_training(
                 told=watch.saved,
             )
         )
+        recover = Recovery(
+            config, home.folder.checkpoints, world, step, stream, divergence, saver.wait
+        )
 
         last = min(config.train.steps, at.step + stop_after if stop_after else math.inf)
         profile = Profile(config, home.folder.path, world, step.stages, at.step + 1, int(last))
         leaving.callback(profile.close)
         saved_time = time.monotonic()
         batches = world.agree(lambda: stream.batches(at.data, at.step + 1))
-        leaving.callback(batches.close)
+        leaving.callback(lambda: batches.close())
         stopping = False
         while at.step < last and not stopping:
             profile.reach(at.step + 1)
@@ -99,8 +105,16 @@ def run_training(
             micro_batches, data = fetch(world, batches, stream, at.data)
             watchdog.fed(micro_batches)
             waited = time.perf_counter() - began
-            with watch.memory(at.step + 1):
-                report = step(micro_batches, at.step + 1)
+            try:
+                with watch.memory(at.step + 1):
+                    report = step(micro_batches, at.step + 1, divergence.judge)
+            except DivergedError as error:
+                at, told = recover(error, at, data)
+                world.raise_any(watch.diverged(at, told))
+                batches.close()
+                batches = world.agree(partial(stream.batches, at.data, at.step + 1))
+                continue
+            divergence.learnt_from(report.loss)
             took = time.perf_counter() - began
             at = Progressed(at.step + 1, at.tokens + report.tokens, data)
             if due(at.step, config.validation.every, config.train.steps):
@@ -110,21 +124,32 @@ def run_training(
             timed = config.checkpoint.every_minutes and minutes >= config.checkpoint.every_minutes
             with phase("watch"):
                 trouble = watch.record(at, report, took, waited, step.whole_model) or saver.poll()
-            stopping, timed = agree_to_go_on(world, trouble, stop.requested, bool(timed))
+            asked = stop.requested or (world.rank == 0 and home.folder.stop.exists())
+            stopping, timed = agree_to_go_on(world, trouble, asked, bool(timed))
             leave = stopping or at.step >= last
             if leave or timed or due(at.step, config.checkpoint.every_steps, 0):
                 at = replace(at, data=stream.complete(at.data, world.gather_by_data))
-                state = state_of(config, home, world, at)
+                state = state_of(config, home, world, at) | divergence.state()
                 watch.stalled += saver.save(state, step.optimizer.fragments(), random_state())
                 saved_time = time.monotonic()
         saver.wait()
         if at.step < config.train.steps:
             reason = stop.reason or ("another rank's request" if stopping else "--stop-after")
+            reason = str(home.folder.stop) if home.folder.stop.exists() else reason
             log.info("saved at step %d on request (%s); to be continued", at.step, reason)
             world.agree(lambda: watch.stopping(at.step, reason))
+            world.only_first(mark_saved)  # all have saved, and none has left
             return EXIT_SAVED
         log.info("done: %d steps, %s tokens", at.step, f"{at.tokens:,}")
         return EXIT_DONE
+
+
+def mark_saved() -> None:
+    """Tells the job script, where there is one, that the run is to be continued."""
+    try:
+        marks.saved()
+    except OSError as e:
+        raise storage_error(e, "telling the job script of the save") from e
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -158,7 +183,7 @@ def take_folder(config: RunConfig, world: World, leaving: contextlib.ExitStack) 
         if claim := newest_claim(folder.path):
             end = "ended in order" if claim.released else "was killed or lost its node"
             former = f"life {claim.life} on {claim.host} {end}"
-        lock = leaving.enter_context(folder.take())
+        lock = leaving.enter_context(folder.take(patience=marks.patience()))
         require_mine = lock.require_mine
         folder.write_config(dump_config(config))
         checkpoint.clean(folder.checkpoints)
@@ -181,31 +206,28 @@ def resume(
     step: TrainStep,
     stream: Stream,
     init_from: str | None,
-) -> Progressed:
-    """Loads the newest undamaged checkpoint, or the weights of `init_from`, or starts afresh."""
-    model = config.model.model_dump(mode="json")
-    fragments = step.optimizer.fragments()
+) -> tuple[Progressed, dict[str, Any]]:
+    """Loads the newest undamaged checkpoint, or the weights of `init_from`, or starts afresh.
+    Returns what the checkpoint holds beside tensors, too."""
     found = checkpoint.find_latest(folder.checkpoints, world, log.warning)
     if found is None:
         if init_from is not None:
             source = checkpoint.Found(Path(init_from), checkpoint.verify(Path(init_from), world))
+            model, fragments = config.model.model_dump(mode="json"), step.optimizer.fragments()
             world.agree(lambda: checkpoint.load_weights(source, model, fragments))
             step.optimizer.weights_loaded(0)
             log.info("weights of %s (step %d); step 0 of a new run", init_from, source.step)
-        return Progressed(0, 0, stream.start())
+        return Progressed(0, 0, stream.start()), {}
     if init_from is not None:
         log.info("the run has checkpoints of its own: --init-from %s not used", init_from)
     state = found.state
     data, changes = world.agree(lambda: stream.load_state(state["data"]))
     for change in changes:
         log.warning("data.allow_changed: going on with changed data: %s", change)
-    tensors = random_state()
-    world.agree(lambda: checkpoint.load(found, model, fragments, tensors))
-    torch.set_rng_state(tensors["rng/cpu"])
-    step.optimizer.weights_loaded(found.step)
+    restore(found, config, world, step)
     tell_differences(config, world, state)
     log.info("resumed from %s", found.folder)
-    return Progressed(found.step, state["tokens"], data)
+    return Progressed(found.step, state["tokens"], data), state
 
 
 def tell_differences(config: RunConfig, world: World, state: dict[str, Any]) -> None:
@@ -221,8 +243,9 @@ def tell_differences(config: RunConfig, world: World, state: dict[str, Any]) -> 
             log.warning(
                 "%s were %s, are %s: the run goes on, but not bitwise", key, state[key], value
             )
+    unknown = {"divergence": DivergenceConfig().model_dump(mode="json")}  # once there was none
     before, after = (
-        checkpoint.flatten({k: v for k, v in tree.items() if k in TRAINING})
+        checkpoint.flatten({k: v for k, v in (unknown | tree).items() if k in TRAINING})
         | {"data.validation": tree["data"].get("validation") or {}}
         for tree in (state["config"], config.model_dump(mode="json"))
     )
@@ -233,12 +256,7 @@ def tell_differences(config: RunConfig, world: World, state: dict[str, Any]) -> 
 
 # Sections whose change alters the training that follows. (Other validation sets make validation
 # losses, and so the best checkpoint, of another kind.)
-TRAINING = ("optim", "train")
-
-
-def random_state() -> dict[str, torch.Tensor]:
-    """The generator state that all ranks share (parameters and data have their own seeds)."""
-    return {"rng/cpu": torch.get_rng_state()}
+TRAINING = ("optim", "train", "divergence")
 
 
 def versions() -> dict[str, str]:

@@ -62,6 +62,8 @@ class Watch:
         self._behind = 0.0  # seconds that checkpoints complete since then took behind training
         self._spent = 0.0  # seconds of watching since the last record
         self._recorded = start  # the last step with a record
+        self._start = start
+        self._reached = start  # the last step done
         self._seen: Observation | None = None
         self._sampler: Sampler | None = None
         self._process = psutil.Process()
@@ -71,23 +73,50 @@ class Watch:
         self._lookers: Group | None = None
         if config.log.memory_every:
             self._lookers = Group.join(world, lambda place: place.data == 0)
+        self._folder = folder
+        self._texts: Mapping[str, str] = {}
+        self._open_files = leaving.enter_context(contextlib.ExitStack())
         if world.rank == 0:
-            tensorboard = config.log.tensorboard
-            self._metrics = leaving.enter_context(Metrics(folder, start, tensorboard))
-            self._memory = panels.MemoryRecords(folder, start)
-            self._samples = Lines(folder.samples, start)
-            for file in (self._memory, self._samples):
-                leaving.callback(file.close)
-            self._progress = Progress(config.train.steps, start, tokens)
+            self._open(start, tokens)
             if self._writes_samples:
                 manifest = next(iter(sets.values()))
                 self._sampler = Sampler(config.log.sample, manifest, config.train.seed)
 
+    def _open(self, start: int, tokens: int) -> None:
+        """Opens the records to go on from step `start`; what they hold of later steps goes."""
+        self._open_files.close()
+        tensorboard = self.config.log.tensorboard
+        self._metrics = self._open_files.enter_context(Metrics(self._folder, start, tensorboard))
+        self._memory = panels.MemoryRecords(self._folder, start)
+        self._samples = Lines(self._folder.samples, start)
+        for file in (self._memory, self._samples):
+            self._open_files.callback(file.close)
+        self._progress = Progress(self.config.train.steps, start, tokens)
+        self._recorded = start
+
     def begin(self, texts: Mapping[str, str], how: str) -> None:
         """Introduces this life in TensorBoard: layout, descriptions, `how` it came to begin."""
         if self._metrics is not None:
-            texts = {**texts, "events/start": how}
-            self._metrics.introduce(board.layout(self.config), texts)
+            self._texts = {**texts, "events/start": how}
+            self._metrics.introduce(board.layout(self.config), self._texts)
+
+    def diverged(self, at: Progressed, told: str) -> NodeError | None:
+        """The run goes on from `at`, perhaps some steps back, after a step that diverged. A disk
+        that refuses is returned, for all ranks to agree on."""
+        self._seen = None
+        if self._metrics is None:
+            return None
+        try:
+            if at.step < self._reached:
+                self._open(at.step, at.tokens)
+                if at.step <= self._start:  # else the introduction lies before what is hidden now
+                    self._metrics.introduce(board.layout(self.config), self._texts)
+            self._metrics.event(at.step + 1, at.tokens, "events/divergence", told)
+        except NodeError as e:
+            return e
+        finally:
+            self._reached = at.step
+        return None
 
     def saved(self, saved: Saved) -> None:
         """A checkpoint is complete. Told at its own step, which a resumed run does not repeat."""
@@ -130,6 +159,7 @@ class Watch:
             model: whole, or of several ranks together.
         """
         began = time.perf_counter()
+        self._reached = at.step
         told = at.validation_loss is not None and self._writes_samples
         together = model if told and isinstance(model, Together) else None
         if self._seen is not None and self._lookers is not None:

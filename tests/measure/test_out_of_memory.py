@@ -38,13 +38,15 @@ import resource, sys
 from titans_pretrain.cli import main
 from titans_pretrain.step import TrainStep
 
-def limited(self, batches, step, call=TrainStep.__call__):
+call = TrainStep.__call__
+
+def limited(self, batches, step, *more):
     if step == 2:
         lines = open("/proc/self/status").read().splitlines()
         [held] = [int(line.split()[1]) for line in lines if line.startswith("VmData")]
         most = (held + 40 * 1024) * 1024
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-    return call(self, batches, step)
+    return call(self, batches, step, *more)
 
 TrainStep.__call__ = limited
 sys.exit(main())

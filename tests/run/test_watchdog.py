@@ -20,6 +20,7 @@ from titans_pretrain.config import WatchdogConfig
 from titans_pretrain.phases import phase
 from titans_pretrain.run import hang_report
 from titans_pretrain.run.hang_report import behind, words
+from titans_pretrain.run.marks import Marks
 from titans_pretrain.run.roll import LEFT, Beat, Seen
 from titans_pretrain.run.watchdog import Watchdog
 
@@ -163,6 +164,18 @@ def test_the_report_of_a_rank_alone(
     assert "thread watchdog, innermost" in text
     told = capsys.readouterr().err
     assert told.startswith("titans-pretrain: hang: rank 3 on ") and str(path) in told
+
+
+def test_a_job_script_is_told_of_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TITANS_RUN", str(tmp_path))
+    monkeypatch.setenv("TITANS_JOB", "7.2")
+    codes: list[int] = []
+    with watchdog(tmp_path, codes, start_minutes=0.005):
+        stuck_here(codes)
+    failure = Marks(tmp_path, "7", 2).failure()
+    assert failure is not None
+    assert (failure.code, failure.kind) == (77, "HangError")
+    assert "(watchdog.start_minutes=0.005)" in failure.what
 
 
 def test_a_folder_that_refuses_gets_its_report_on_the_console(

@@ -6,10 +6,17 @@ handed down, never fetched, never changed. Imports neither torch nor any engine.
 """
 
 from titans_pretrain.config.data import CacheConfig, DataConfig, SetConfig, SourceConfig, weight_at
-from titans_pretrain.config.load import apply_override, dump_config, load_config, parse_config
+from titans_pretrain.config.load import (
+    apply_override,
+    dump_config,
+    load_config,
+    load_site,
+    parse_config,
+)
 from titans_pretrain.config.model import MemoryConfig, ModelConfig
 from titans_pretrain.config.run import (
     CheckpointConfig,
+    DivergenceConfig,
     LogConfig,
     OptimConfig,
     ParallelConfig,
@@ -23,12 +30,14 @@ from titans_pretrain.config.run import (
     ZeroConfig,
 )
 from titans_pretrain.config.section import ALIGNMENTS
+from titans_pretrain.config.site import SiteConfig
 
 __all__ = [
     "ALIGNMENTS",
     "CacheConfig",
     "CheckpointConfig",
     "DataConfig",
+    "DivergenceConfig",
     "LogConfig",
     "MemoryConfig",
     "ModelConfig",
@@ -39,6 +48,7 @@ __all__ = [
     "RunConfig",
     "SampleConfig",
     "SetConfig",
+    "SiteConfig",
     "SourceConfig",
     "TrainConfig",
     "ValidationConfig",
@@ -47,6 +57,7 @@ __all__ = [
     "apply_override",
     "dump_config",
     "load_config",
+    "load_site",
     "parse_config",
     "weight_at",
 ]

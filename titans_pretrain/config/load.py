@@ -12,16 +12,32 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from titans_pretrain.config.run import RunConfig
+from titans_pretrain.config.site import SiteConfig
 from titans_pretrain.errors import ConfigError
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Reads `path` (YAML), applies `a.b=c` overrides and validates. Raises ConfigError."""
+    tree = _read(path)
+    for override in overrides or []:
+        apply_override(tree, override)
+    return parse_config(tree, str(path))
+
+
+def load_site(path: str | Path) -> SiteConfig:
+    """Reads what a cluster is like (YAML) and validates it. Raises ConfigError."""
+    try:
+        return SiteConfig.model_validate(_read(path))
+    except ValidationError as e:
+        raise _explain(e, str(path), SiteConfig) from None
+
+
+def _read(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as e:
         raise ConfigError(
-            f"config {path}: {e.strerror}", "the first argument is a YAML file", "give its path"
+            f"config {path}: {e.strerror}", "a config is a YAML file", "give its path"
         ) from e
     try:
         tree = yaml.safe_load(text)
@@ -33,9 +49,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
             "a config is a mapping of sections",
             "see configs/ for examples",
         )
-    for override in overrides or []:
-        apply_override(tree, override)
-    return parse_config(tree, str(path))
+    return tree
 
 
 def parse_config(tree: dict[str, Any], where: str) -> RunConfig:
@@ -78,12 +92,14 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         ) from e
 
 
-def _explain(error: ValidationError, where: str) -> ConfigError:
+def _explain(
+    error: ValidationError, where: str, section: type[BaseModel] = RunConfig
+) -> ConfigError:
     problems, rules, remedies = [], [], []
     for item in error.errors():
         path = ".".join(str(p) for p in item["loc"])
         if item["type"] == "extra_forbidden":
-            close = _nearest_key(item["loc"])
+            close = _nearest_key(item["loc"], section)
             problems.append(f"{path}={item['input']!r}: no such key")
             rules.append("every key is known")
             remedies.append(f"did you mean {close}?" if close else f"remove {path}")
@@ -110,9 +126,9 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
 ANY = "*"  # in a known key: any name
 
 
-def _nearest_key(loc: tuple[int | str, ...]) -> str | None:
+def _nearest_key(loc: tuple[int | str, ...], section: type[BaseModel]) -> str | None:
     """The known dotted key nearest to a mistyped one: a sibling first, else anywhere."""
-    everything = list(_keys(RunConfig, ()))
+    everything = list(_keys(section, ()))
     wrong = tuple(str(p) for p in loc)
     siblings = [
         k
@@ -131,11 +147,15 @@ def _keys(section: type[BaseModel], prefix: tuple[str, ...]) -> typing.Iterator[
     for name, field in section.model_fields.items():
         yield (*prefix, name)
         kind = field.annotation
-        if (
-            isinstance(kind, type)
-            and not isinstance(kind, types.GenericAlias)
-            and issubclass(kind, BaseModel)
-        ):
+        if _is_section(kind):
             yield from _keys(kind, (*prefix, name))
-        if typing.get_origin(kind) is dict:
-            yield from _keys(typing.get_args(kind)[1], (*prefix, name, ANY))
+        if typing.get_origin(kind) is dict and _is_section(entry := typing.get_args(kind)[1]):
+            yield from _keys(entry, (*prefix, name, ANY))
+
+
+def _is_section(kind: Any) -> typing.TypeGuard[type[BaseModel]]:
+    return (
+        isinstance(kind, type)
+        and not isinstance(kind, types.GenericAlias)
+        and issubclass(kind, BaseModel)
+    )

@@ -164,6 +164,27 @@ class WatchdogConfig(Section):
     silent_seconds: Annotated[float, Field(ge=0)] = 45.0
 
 
+class DivergenceConfig(Section):
+    """What becomes of a step whose loss or gradients are not finite, or whose loss is a spike. In
+    no case does it change a weight or a moment."""
+
+    # stop: exit 4. skip: the step is done with the next batch instead. rewind: back to a checkpoint
+    # (the newest of checkpoint.every_steps, if there is one), and on behind the bad batch.
+    on: Literal["stop", "skip", "rewind"] = "stop"
+    # A loss so many robust standard deviations (1.4826 times the median absolute deviation) above
+    # the median of the last `window` losses is a spike, e.g. 12; 0: spikes are not looked at.
+    spike: Annotated[float, Field(ge=0)] = 0.0
+    window: Annotated[int, Field(ge=8)] = 100  # steps; before so many losses none is a spike
+    # So many skips or rewinds in the last `within` steps; one more ends the run with exit 4.
+    budget: Positive = 3
+    within: Positive = 1000  # steps
+
+    @property
+    def watches(self) -> bool:
+        """Whether it does more than stop at what is not finite."""
+        return self.on != "stop" or self.spike > 0
+
+
 class RunConfig(Section):
     folder: str  # everything the run writes
     model: ModelConfig = ModelConfig()
@@ -176,6 +197,7 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
     profile: ProfileConfig = ProfileConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    divergence: DivergenceConfig = DivergenceConfig()
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
@@ -221,6 +243,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"optim.warmup_steps={o.warmup_steps} + optim.decay_steps={o.decay_steps} > "
                 f"train.steps={steps}; warm-up and decay must fit into the run; shorten them"
+            )
+        saves = self.checkpoint.every_steps or self.checkpoint.every_minutes
+        if self.divergence.on == "rewind" and not saves:
+            raise ValueError(
+                "divergence.on=rewind, checkpoint.every_steps=0, checkpoint.every_minutes=0; a "
+                "rewind goes back to a checkpoint; set checkpoint.every_steps"
             )
         if o.min_lr > o.lr:
             raise ValueError(

@@ -38,6 +38,23 @@ def differences(saved: State, now: State, allowed: bool) -> list[str]:
     return changes
 
 
+def with_skip(skips: list[list[int]], start: int, stop: int) -> list[list[int]]:
+    """The intervals of sample numbers with [start, stop) among them; those that touch are one."""
+    merged: list[list[int]] = []
+    for a, b in sorted([*skips, [start, stop]]):
+        if merged and a <= merged[-1][1]:
+            merged[-1] = [merged[-1][0], max(b, merged[-1][1])]
+        else:
+            merged.append([a, b])
+    return merged
+
+
+def skipped(state: State) -> dict[str, float]:
+    """How many samples were left out up to here, as a figure; none, if none were."""
+    past = sum(max(0, min(b, state["next_sample"]) - a) for a, b in state["skips"])
+    return {"data/skipped": past} if past else {}
+
+
 def _facts(state: State) -> dict[str, Any]:
     """What fixes the order of the samples: name -> value."""
     facts = {key: state[key] for key in ("tokenizer", "seed", "seq_len", "align")}

@@ -26,7 +26,7 @@ from titans_pretrain.data.order import Order, take
 from titans_pretrain.data.quarantine import Entry, Substitutes, agreed, members_of, merged
 from titans_pretrain.data.shards import BlockReader
 from titans_pretrain.data.sources import load_sources
-from titans_pretrain.data.state import VERSION, State, differences
+from titans_pretrain.data.state import VERSION, State, differences, skipped, with_skip
 from titans_pretrain.errors import ConfigError, DataError, TitansError
 
 __all__ = ["Batch", "TrainStream", "batch_hash", "concatenate"]
@@ -273,6 +273,7 @@ class TrainStream:
         if self.data.on_bad == "quarantine":
             bad = members_of(state["quarantine"], self.manifests)
             figures["data/quarantined"] = sum(bad.values())
+        figures |= skipped(state)
         if mix is None:
             epochs = {f"data_epochs/{name}": sample / n for name, n in self.epoch_rows.items()}
             return figures | epochs
@@ -296,8 +297,8 @@ class TrainStream:
         return state
 
     def skip(self, state: State, start: int, stop: int) -> State:
-        """The state with the samples [start, stop) left out from now on."""
-        return {**state, "skips": sorted([*state["skips"], [start, stop]])}
+        """The state with the samples [start, stop) left out from now on, or known to have been."""
+        return {**state, "skips": with_skip(state["skips"], start, stop)}
 
     def batches(
         self, state: State, step: int = 1

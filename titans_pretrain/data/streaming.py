@@ -8,7 +8,7 @@ Weaker than a prepared source, for what cannot be prepared first:
 - resuming reads each virtual worker's current tar again up to where it was (without tokenizing
   it); the position of each is part of the state, which ranks complete when they save;
 - content has no checksums: tars are known by their names alone;
-- one source, on_bad=stop, no skips; validation needs prepared sets.
+- one source, on_bad=stop; samples are read to be skipped; validation needs prepared sets.
 
 Rows are packed as prepared ones are (batch.py): documents padded to the alignment, none beyond
 its tar, labels past the row's end, a cut document going on as one of its own.
@@ -34,7 +34,7 @@ from titans_pretrain.data.loader import next_read, start_loader
 from titans_pretrain.data.manifest import MEMBER, Manifest, Split
 from titans_pretrain.data.quarantine import Entry
 from titans_pretrain.data.remote import Patience, is_url, shown
-from titans_pretrain.data.state import VERSION, State, differences
+from titans_pretrain.data.state import VERSION, State, differences, skipped, with_skip
 from titans_pretrain.data.stream import TrainStream, as_batches, require_whole_batches
 from titans_pretrain.data.tokens import Tokenizer
 from titans_pretrain.data.virtual_worker import Position, Row, VirtualWorker, list_tars
@@ -167,17 +167,22 @@ class StreamedStream:
         now = self.start()
         changes = differences(saved, now, self.data.allow_changed)
         if changes:
-            return {**now, "next_sample": saved["next_sample"]}, [
+            kept = {key: saved[key] for key in ("next_sample", "skips")}
+            return {**now, **kept}, [
                 *changes,
                 "streaming begins at its first tars again",
             ]
-        return {**now, **{key: saved[key] for key in ("next_sample", "positions")}}, []
+        return {**now, **{key: saved[key] for key in ("next_sample", "skips", "positions")}}, []
 
     def complete(self, state: State, gather: Callable[[Any], Sequence[Any]]) -> State:
         """Collective. The state with the positions of all ranks' virtual workers, to be saved."""
         told = gather(state["positions"])
         positions = [told[v % self.dp_size][v] for v in range(self.source.virtual_workers)]
         return {**state, "positions": positions}
+
+    def skip(self, state: State, start: int, stop: int) -> State:
+        """The state with the samples [start, stop), which lie behind it, known to be left out."""
+        return {**state, "skips": with_skip(state["skips"], start, stop)}
 
     def agreed(self, before: State, after: State, told: list[list[Entry]]) -> State:
         """As TrainStream's: there is no quarantine here."""
@@ -190,7 +195,7 @@ class StreamedStream:
             state["positions"][v][0] + state["positions"][v][1] / len(self.tars[v::count])
             for v in range(self.dp_rank, count, self.dp_size)
         ]
-        return {f"data_epochs/{self.name}": sum(done) / len(done)}
+        return {f"data_epochs/{self.name}": sum(done) / len(done), **skipped(state)}
 
     def batches(
         self, state: State, step: int = 1

@@ -71,6 +71,7 @@ class Profile:
         self._world, self._stages = world, stages
         self._looking = contextlib.ExitStack()
         self._profiler: Any = None
+        self._reached = 0
         self._window: tuple[int, int] | None = None
         window = config.profile.steps
         if window is None:
@@ -90,8 +91,9 @@ class Profile:
     def reach(self, step: int) -> None:
         """Step `step` begins."""
         phases.at_step(step)
-        if self._window is None:
+        if self._window is None or step <= self._reached:  # a step that is done again
             return
+        self._reached = step
         begin, end = self._window
         if step == self._begin:
             self._start(warmup=begin - step, active=end - begin + 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,6 +28,9 @@ from titans_pretrain.parallel.layout import Fragment, Shard
 from titans_pretrain.phases import phase
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# Stage -> where DeepSpeed's optimizer computes the gradient norm, and one that is not finite.
+NO_NORM = {2: ("scaled_global_norm", math.inf), 3: ("_get_norm_groups", [torch.tensor(math.inf)])}
 
 
 class MegatronUnit:
@@ -203,6 +207,31 @@ class ZeroOptimizer:
         """
         for group, rate in zip(self.adamw.param_groups, rates, strict=True):
             group["lr"] = rate
+        return self._step()
+
+    def drop(self) -> None:
+        """Forgets the gradients of this step instead of updating with them. Collective.
+
+        DeepSpeed itself drops what has no finite norm, and knows what is to be cleared: so it is
+        given none. Weights, moments and AdamW's count stay as they are.
+        """
+        optimizer = self.engine.optimizer
+        if self.stage < 2:
+            for _, gradient in self.local_gradients():
+                gradient.fill_(math.inf)
+                break
+            norm = self._step()
+        else:
+            name, none = NO_NORM[self.stage]
+            setattr(optimizer, name, lambda *args, **kwargs: none)
+            try:
+                norm = self._step()
+            finally:
+                delattr(optimizer, name)  # the class's own again
+        if math.isfinite(norm):
+            raise RuntimeError(f"a step that was to be dropped was taken (gradient norm {norm})")
+
+    def _step(self) -> float:
         self._phase = phase("reduce")
         with self._phase:
             self.engine.step()

@@ -179,12 +179,19 @@ def verify(folder: Path, world: World | None = None) -> dict[str, Any]:
     return state
 
 
-def find_latest(checkpoints: Path, world: World, warn: Callable[[str], None]) -> Found | None:
+def find_latest(
+    checkpoints: Path,
+    world: World,
+    warn: Callable[[str], None],
+    order: Callable[[list[int]], list[int]] = sorted,
+) -> Found | None:
     """Collective. The newest undamaged checkpoint; each damaged one on the way is told to `warn`.
 
-    Raises DataError if there are checkpoints and all are damaged.
+    `order`: which of their steps come into question, the best last. Raises DataError if there are
+    such checkpoints and all are damaged.
     """
     steps = world.broadcast_object(list_steps(checkpoints) if world.rank == 0 else None)
+    steps = order(steps)
     for step in reversed(steps):
         folder = folder_of(checkpoints, step)
         try:
@@ -278,7 +285,20 @@ def prune(checkpoints: Path, keep: CheckpointConfig, newest: int) -> list[int]:
         if known:
             stay.add(min(known, key=lambda s: (known[s], s)))
     gone = [s for s in steps if s not in stay]
-    for step in gone:
+    _remove(checkpoints, gone)
+    return gone
+
+
+def remove_after(checkpoints: Path, step: int) -> list[int]:
+    """Removes the checkpoints of steps after `step`, to which a run has gone back: they lie on a
+    path that it left. Returns their steps. Rank 0 alone calls it."""
+    gone = [s for s in list_steps(checkpoints) if s > step]
+    _remove(checkpoints, gone)
+    return gone
+
+
+def _remove(checkpoints: Path, steps: Sequence[int]) -> None:
+    for step in steps:
         # Renamed first: a removal cut short leaves nothing that looks like a checkpoint.
         trash = checkpoints / f".removing-step-{step:08d}"
         try:
@@ -286,7 +306,6 @@ def prune(checkpoints: Path, keep: CheckpointConfig, newest: int) -> list[int]:
             shutil.rmtree(trash)
         except OSError as e:
             log.warning("checkpoint of step %d not removed: %s", step, e)
-    return gone
 
 
 def _validation_loss(folder: Path) -> float | None:
@@ -304,12 +323,14 @@ def clean(checkpoints: Path) -> None:
 
 
 def content_sha256(folder: Path) -> str:
-    """sha256 of the training state: weights, moments, random numbers, step, data position.
+    """sha256 of the training state: weights, moments, random numbers, step, data position, and what
+    spikes are judged by, where they are.
 
     Equal exactly when the state is; independent of ranks, files, times and the life number.
     """
     state = json.loads((folder / "state.json").read_text())
-    position = json.dumps({k: state[k] for k in ("step", "data")}, sort_keys=True)
+    kept = {k: state[k] for k in ("step", "data", "divergence") if k in state}
+    position = json.dumps(kept, sort_keys=True)
     return hashlib.sha256((dcp.hash_tensors(folder) + position).encode()).hexdigest()
 
 

@@ -2,9 +2,10 @@
 
 A line of metrics.jsonl is `{"step": int, "tokens": int, "time": Unix seconds, "values": {...}}`;
 `tokens` counts the training tokens up to that step. (A value that is not finite is written as
-Python's NaN or Infinity.) TensorBoard shows each value by step under its own name, and those of
-training and validation by tokens too, as `by_tokens/<name>` in the run `by_tokens`: a folder of its
-own, because TensorBoard drops what a resumed run repeats by step number, and there a step is a
+Python's NaN or Infinity.) An event on the way to a step is a line with "event", what happened in
+words, in the place of "values". TensorBoard shows each value by step under its own name, and those
+of training and validation by tokens too, as `by_tokens/<name>` in the run `by_tokens`: a folder of
+its own, because TensorBoard drops what a resumed run repeats by step number, and there a step is a
 token count. Texts, pictures and the layout of its custom scalars go to TensorBoard alone.
 
 Rank 0 alone holds a `Metrics`. After each `write` a kill -9 loses nothing that was written.
@@ -41,7 +42,7 @@ _EVENTS = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 
 def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
     """The records of a metrics.jsonl in file order. Raises OSError if the file cannot be read."""
-    return read_lines(path, ("step", "tokens", "values"))
+    return (record for record in read_lines(path) if "values" in record)
 
 
 class Metrics:
@@ -86,6 +87,12 @@ class Metrics:
             return
         with self._writing(step):
             self._add_texts(max(step, self._first), texts)
+
+    def event(self, step: int, tokens: int, tag: str, text: str) -> None:
+        """Records what happened on the way to `step` (Markdown), here and in TensorBoard."""
+        told = {"step": step, "tokens": tokens, "time": time.time(), "event": text}
+        self._records.append(told)
+        self.tell(step, {tag: text})
 
     def _add_texts(self, step: int, texts: Mapping[str, str]) -> None:
         from torch.utils.tensorboard.summary import text as as_summary

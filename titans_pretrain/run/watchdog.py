@@ -31,6 +31,7 @@ import torch
 from titans_pretrain import phases
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import EXIT_HANG, HangError, NodeError
+from titans_pretrain.run import marks
 from titans_pretrain.run.hang_report import behind, describe, main_thread_waits_in, words
 from titans_pretrain.run.roll import LEFT, Beat, Roll, Seen
 
@@ -189,6 +190,7 @@ class Watchdog:
             "no rank stays without progress, or unheard of, for longer than `watchdog` allows",
             f"{where}; start again: the run goes on from its last checkpoint",
         )
+        marks.failed(EXIT_HANG, "HangError", why)
         print(f"titans-pretrain: {error}", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError, NodeError):  # the disk may be the fault
             logger.error("%s", error)

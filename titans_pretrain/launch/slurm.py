@@ -1,0 +1,53 @@
+"""Slurm's own commands: whether they are there, and what they say."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from titans_pretrain.errors import ConfigError
+
+
+def have(command: str) -> bool:
+    return shutil.which(command) is not None
+
+
+def call(command: Sequence[str]) -> str:
+    """What `command` prints. Raises ConfigError with its own words if it refuses."""
+    if not have(command[0]):
+        raise ConfigError(
+            f"no {command[0]} on this machine",
+            "Slurm's commands are on the PATH of a login node",
+            "log in to one, or load Slurm's module; `submit --dry-run` works without, and so does "
+            "`train --ranks N` on one machine",
+        )
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip()).replace("\n", "\n    ")
+        raise ConfigError(
+            f"{command[0]} left with {done.returncode} and said:\n    {said}",
+            "Slurm accepts what it is asked for",
+            "partition, account, qos, time and further options are the site file's (--site); "
+            "sinfo lists partitions",
+        )
+    return done.stdout
+
+
+def state(job: str) -> str:
+    """E.g. RUNNING or PENDING; nothing if it has ended. Raises ConfigError if Slurm is silent."""
+    try:
+        return call(["squeue", "--noheader", f"--jobs={job}", "--format=%T"]).strip()
+    except ConfigError as e:
+        if "Invalid job id" in e.value:  # ended long ago
+            return ""
+        raise
+
+
+def jobs_of(run: Path) -> list[str]:
+    """Ids of the jobs that were submitted for a run, or have begun, the oldest first."""
+    jobs = run / "jobs"
+    ids = {path.read_text(encoding="utf-8").strip() for path in jobs.glob("*/id")}
+    ids |= {path.name.split(".")[1] for path in jobs.glob("begun.*.*")}
+    return sorted(ids, key=lambda i: (len(i), i))

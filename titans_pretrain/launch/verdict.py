@@ -1,0 +1,206 @@
+"""What a job script does after a life has ended: queue the job again, end it, or stay.
+
+`decide` is a function of what is known: srun's exit code, the ranks' marks (run/marks.py), nodes
+that do not answer, and the restarts so far. The job script calls this module twice a life:
+
+    python -m titans_pretrain.launch.verdict begin                        before the ranks
+    python -m titans_pretrain.launch.verdict end --code N [--dead A,B] [--avoid C]
+
+Each prints one line, `go`, `again`, `stay` or `end`, then an exit code and the nodes to avoid (or
+-), and tells the reason on stderr. Restarts are kept in RUN/restarts.tsv.
+
+It runs in the batch shell, outside of any container: any Python from 3.8 on, standard library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from titans_pretrain.errors import EXIT_DONE, EXIT_HANG, EXIT_NODE, EXIT_OTHER, EXIT_SAVED
+from titans_pretrain.run.marks import Failure, Marks, here
+
+BUDGET = 3  # restarts for one reason without a newer checkpoint
+USER = (2, 3, 4)  # configuration, data, diverged: the same again if started again
+ASKED, NODE = "asked", "node failure"
+
+
+class Restart(NamedTuple):
+    """One line of restarts.tsv."""
+
+    time: str
+    job: str
+    life: int  # that ended
+    step: int  # of the newest checkpoint then
+    reason: str
+    nodes: tuple[str, ...] = ()  # named for it
+
+
+class Facts(NamedTuple):
+    """What is known of a life that has ended."""
+
+    code: int  # of srun
+    step: int = 0  # of the newest checkpoint
+    begun: int = 0  # of the newest checkpoint as the life began
+    stop: bool = False  # the user has asked for the end of the run
+    saved: bool = False  # a checkpoint was saved on request
+    started: bool = True  # a rank has begun
+    failure: Failure | None = None
+    bad: tuple[str, ...] = ()  # nodes that a check found bad
+    dead: tuple[str, ...] = ()  # nodes that do not answer
+
+
+class Verdict(NamedTuple):
+    do: str  # again, stay or end
+    code: int  # with which the job ends, if it ends
+    reason: str
+    nodes: tuple[str, ...] = ()
+    words: str = ""
+
+
+def decide(facts: Facts, history: Sequence[Restart]) -> Verdict:
+    """What follows. `history`: this job's restarts, the oldest first."""
+    f, failure = facts, facts.failure
+    if f.stop:
+        return Verdict("end", EXIT_DONE, "stopped", words="the user has stopped the run")
+    if f.saved:
+        if f.step > f.begun:
+            return Verdict("again", EXIT_SAVED, ASKED, words=f"saved on request, step {f.step}")
+        return _within(f, history, "asked without a step", EXIT_SAVED, "stopped before any step")
+    if f.code == EXIT_DONE:
+        return Verdict("end", EXIT_DONE, "done")
+    if f.bad:
+        return _within(f, history, "hardware", EXIT_NODE, f"bad: {', '.join(f.bad)}", f.bad)
+    if f.dead:
+        # Slurm will see it, too, and queue the running job again by itself.
+        words = f"does not answer: {', '.join(f.dead)}"
+        return _within(f, history, NODE, f.code, words, f.dead, do="stay")
+    if failure is not None:
+        words = f"rank {failure.rank} on {failure.host}: {failure.kind}: {failure.what}"
+        if failure.code == EXIT_HANG:
+            return _within(f, history, "hang", EXIT_HANG, words)
+        if failure.code == EXIT_NODE:
+            return _within(f, history, "node fault", EXIT_NODE, words)
+        return Verdict("end", failure.code, "failed", words=words)
+    if f.code in USER:
+        return Verdict("end", f.code, "failed", words=f"exit code {f.code}: see the log")
+    if not f.started:
+        return _within(f, history, "no rank started", f.code, f"srun left with {f.code}")
+    return _within(f, history, "crash", f.code, f"a rank ended without a word, code {f.code}")
+
+
+def _within(
+    facts: Facts,
+    history: Sequence[Restart],
+    reason: str,
+    code: int,
+    words: str,
+    nodes: tuple[str, ...] = (),
+    do: str = "again",
+) -> Verdict:
+    """`do`, unless it has been done for this reason too often since the newest checkpoint."""
+    before = sum(r.reason == reason and r.step >= facts.step for r in history)
+    if before < BUDGET:
+        return Verdict(do, code, reason, nodes, words)
+    words += f"; given up: restarted {before} times for it without a checkpoint after {facts.step}"
+    return Verdict("end", code or EXIT_OTHER, reason, nodes, words)
+
+
+def missing(marks: Marks, history: Sequence[Restart], step: int) -> Restart | None:
+    """The former life, where it left no line: Slurm itself queued the job again."""
+    former = Marks(marks.run, marks.job, marks.life - 1)
+    if marks.life == 0 or any(r.life == former.life for r in history):
+        return None
+    return _line(former, step, ASKED if former.has("saved") else NODE, ())
+
+
+def newest_step(run: Path) -> int:
+    """The step of the newest checkpoint; 0 if there is none."""
+    names = (p.name[5:] for p in (run / "checkpoints").glob("step-*"))
+    return max((int(n) for n in names if n.isdigit()), default=0)
+
+
+def read_history(run: Path, job: str) -> list[Restart]:
+    path = run / "restarts.tsv"
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        when, name, life, step, reason, nodes = line.split("\t")
+        if name == job:
+            named = tuple(n for n in nodes.split(",") if n)
+            found.append(Restart(when, name, int(life), int(step), reason, named))
+    return found
+
+
+def _line(marks: Marks, step: int, reason: str, nodes: tuple[str, ...]) -> Restart:
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return Restart(now, marks.job, marks.life, step, reason, nodes)
+
+
+def _note(run: Path, r: Restart) -> None:
+    with (run / "restarts.tsv").open("a", encoding="utf-8") as file:
+        file.write(
+            "\t".join((r.time, r.job, str(r.life), str(r.step), r.reason, ",".join(r.nodes))) + "\n"
+        )
+
+
+def begin(marks: Marks) -> Verdict:
+    """Before the ranks of a life: writes what it starts from, and whether it may start."""
+    step, history = newest_step(marks.run), read_history(marks.run, marks.job)
+    if (marks.run / "stop").exists():
+        return decide(Facts(0, stop=True), history)
+    marks.write("begun", f"{step}\n")
+    lost = missing(marks, history, step)
+    if lost is not None:
+        _note(marks.run, lost)
+        if lost.reason == NODE:
+            verdict = _within(Facts(0, step), history, NODE, EXIT_NODE, "queued again by Slurm")
+            return verdict if verdict.do == "end" else verdict._replace(do="go", code=EXIT_DONE)
+    return Verdict("go", EXIT_DONE, "begin", words=f"from step {step}")
+
+
+def end(marks: Marks, code: int, dead: tuple[str, ...], avoid: tuple[str, ...]) -> Verdict:
+    """After the ranks of a life; a restart is noted. The nodes are all those to avoid."""
+    history = read_history(marks.run, marks.job)
+    facts = Facts(
+        code,
+        step=newest_step(marks.run),
+        begun=int((marks.lines("begun") or ["0"])[0]),
+        stop=(marks.run / "stop").exists(),
+        saved=marks.has("saved"),
+        started=marks.has("started"),
+        failure=marks.failure(),
+        bad=tuple(marks.lines("bad")),
+        dead=dead,
+    )
+    verdict = decide(facts, history)
+    if verdict.do != "end":
+        _note(marks.run, _line(marks, facts.step, verdict.reason, verdict.nodes))
+    if verdict.do != "again" or not verdict.nodes:
+        return verdict  # what was excluded before stays excluded
+    earlier = {n for r in history if r.reason == "hardware" for n in r.nodes}
+    return verdict._replace(nodes=tuple(sorted({*avoid, *earlier, *verdict.nodes})))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="verdict")
+    parser.add_argument("when", choices=("begin", "end"))
+    parser.add_argument("--code", type=int, default=0, help="srun's exit code")
+    parser.add_argument("--dead", default="", help="nodes that do not answer")
+    parser.add_argument("--avoid", default="", help="nodes that the job was submitted without")
+    args = parser.parse_args(argv)
+    marks = here()
+    if marks is None:
+        parser.error("TITANS_RUN and TITANS_JOB are not set: the job script sets them")
+    dead, avoid = (tuple(n for n in x.split(",") if n) for x in (args.dead, args.avoid))
+    v = begin(marks) if args.when == "begin" else end(marks, args.code, dead, avoid)
+    print(f"{v.do}: {v.reason}{f' ({v.words})' if v.words else ''}", file=sys.stderr)
+    print(v.do, v.code, ",".join(v.nodes) or "-")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
