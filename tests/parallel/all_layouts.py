@@ -1,6 +1,6 @@
 """`make parity`: every layout and variant against one plain process, in float64, as a table.
 
-    python -m tests.parallel.all_layouts [--ranks N] [--variants mac,lmm] [--begin K]
+    python -m tests.parallel.all_layouts [--ranks N] [--least N] [--variants mac,lmm] [--begin K]
 
 Layouts of more ranks than there are cores run as well, only slower.
 """
@@ -72,12 +72,15 @@ def rounding(config: RunConfig, name: str, seeds: int = 3) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, default=8, metavar="N", help="at most; default 8")
+    parser.add_argument("--least", type=int, default=1, metavar="N", help="ranks; default 1")
     parser.add_argument("--variants", default=",".join(VARIANTS), metavar="A,B")
     parser.add_argument("--begin", type=int, default=1, metavar="K", help="with the K-th layout")
     args = parser.parse_args()
     wanted = args.variants.split(",")
     cases = []
     for ranks, parallel in layouts(args.ranks):
+        if ranks < args.least:
+            continue
         try:
             cases.append((plan_layout(parity_config("mac", parallel), ranks), ranks, parallel))
         except ConfigError:
@@ -88,7 +91,7 @@ def main() -> int:
     for done, (layout, ranks, parallel) in enumerate(cases, 1):
         cells = []
         for variant in wanted:
-            off, name = worst(compare(parity_config(variant, parallel), ranks))
+            off, name = worst(compare(parity_config(variant, parallel), ranks, timeout=1800))
             if off <= TOLERANCE:
                 cells.append(f"{off:.0e}")
                 continue

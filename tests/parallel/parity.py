@@ -183,12 +183,17 @@ def assemble(
 
 
 def compare(
-    config: RunConfig, ranks: int, meddle: Meddle | None = None, *, whole: bool = True
+    config: RunConfig,
+    ranks: int,
+    meddle: Meddle | None = None,
+    *,
+    whole: bool = True,
+    timeout: float = 240,
 ) -> dict[str, float]:
     """Difference of the loss ("loss", relative) and of each gradient, relative to the largest entry
     of the plain process's; NaN where a part is missing. whole: also asserts that copies agree."""
     nats, reference = plain(config)
-    results = run_world(divided, ranks, config, values_of(config), meddle, timeout=240)
+    results = run_world(divided, ranks, config, values_of(config), meddle, timeout=timeout)
     layout = plan_layout(config, ranks)
     found = assemble(results, reference, layout.data_parallel * layout.context, whole)
     return differences((nats, reference), *((r[0], found) for r in results))
