@@ -147,6 +147,23 @@ def _claim_text(life: int, **values: object) -> str:
     return json.dumps({**claim.__dict__, **values})
 
 
+@pytest.mark.parametrize(
+    ("job", "taken"), [("7.2", True), ("7.1", False), ("7.0", False), ("8.2", False), ("", False)]
+)
+def test_only_a_later_life_of_the_same_job_takes_over_at_once(tmp_path, monkeypatch, job, taken):
+    folder = RunFolder(tmp_path)
+    monkeypatch.setenv("TITANS_RUN", str(tmp_path))
+    monkeypatch.setenv("TITANS_JOB", "7.1")
+    folder.take()
+    _edit(tmp_path, 1, age=0, host="n1")
+    monkeypatch.setenv("TITANS_JOB", job)
+    if taken:
+        assert folder.take().life == 2
+    else:
+        with pytest.raises(ConfigError, match="on n1"):
+            folder.take()
+
+
 def test_a_beat_on_a_full_disk_still_shows_life(tmp_path, monkeypatch):
     lock = RunFolder(tmp_path).take(beat=0.05)
     path = tmp_path / "lock.000001"

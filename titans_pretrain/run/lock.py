@@ -6,6 +6,8 @@ wins. The highest number holds the folder; nobody ever removes or renames a clai
 be the highest, so a slow process cannot remove a newer claim. A claim is dead when
 
 - its process says so (`released`);
+- it is an earlier life of the Slurm job that claims now: Slurm starts a job again only once it has
+  ended it or given its node up;
 - it was made on this host: in another boot, or by a pid that is gone (or has been reused: the start
   time differs);
 - it was made elsewhere (also in another pid namespace): its file was not touched for `bound`
@@ -31,6 +33,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from titans_pretrain.errors import ConfigError
+from titans_pretrain.run import marks
 from titans_pretrain.run.files import storage_error
 
 _log = logging.getLogger(__name__)
@@ -50,13 +53,20 @@ class Claim:
     life: int
     heartbeat: float  # Unix time, for the reader; the file's own stamp decides
     released: bool = False
+    job: str = ""  # Slurm's job, where a job script has started the life,
+    restart: int = 0  # and how often that job had been queued again
 
     @staticmethod
     def of_this_process(life: int) -> Claim:
-        pid = os.getpid()
-        return Claim(
-            socket.gethostname(), _boot(), _namespace(), pid, _started(pid), life, time.time()
-        )
+        pid, host, slurm = os.getpid(), socket.gethostname(), marks.here()
+        place = (host, _boot(), _namespace(), pid, _started(pid))
+        job, restart = (slurm.job, slurm.life) if slurm else ("", 0)
+        return Claim(*place, life, time.time(), job=job, restart=restart)
+
+    def was_ended_by_slurm(self) -> bool:
+        """Whether this process belongs to a later life of the same job."""
+        mine = marks.here()
+        return mine is not None and mine.job == self.job and mine.life > self.restart
 
 
 class RunLock:
@@ -242,7 +252,7 @@ def _refuse_if_alive(folder: Path, life: int, bound: float) -> None:
         claim = _load(path)
     except FileNotFoundError:
         return  # cleared by a newer life: creating ours will show it
-    if claim is not None and claim.released:
+    if claim is not None and (claim.released or claim.was_ended_by_slurm()):
         return
     lives = _lives_here(claim) if claim is not None else None
     if claim is not None and lives:

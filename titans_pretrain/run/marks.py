@@ -84,10 +84,9 @@ def here() -> Marks | None:
 
 
 def patience() -> float:
-    """Seconds to wait for a run folder that is held: a job that is queued again starts sooner than
-    the claim of a life whose node is gone runs out (lock.py)."""
-    marks = here()
-    return 150.0 if marks is not None and marks.life > 0 else 0.0
+    """Seconds to wait for a run folder that is held: a job may start before the claim of another
+    one whose node is gone runs out (lock.py)."""
+    return 150.0 if here() is not None else 0.0
 
 
 def saved() -> None:
