@@ -9,7 +9,7 @@ TORCH := $(shell grep '^torch==' requirements.txt)
 # What the set-up of deepspeed (a source package) imports, beside torch.
 BUILD := setuptools wheel numpy ninja packaging py-cpuinfo psutil pydantic
 
-.PHONY: pretrain environment dev test test-fast lint format fuzz golden bench board gpu-check parity torture clean
+.PHONY: pretrain environment dev test test-fast lint format fuzz golden bench board gpu-check parity torture kills clean
 
 pretrain: environment data/demo/manifest.json
 	$(BIN)/titans-pretrain train configs/demo.yaml folder=$(RUN) $(if $(RANKS),--ranks $(RANKS)) $(ARGS)
@@ -93,6 +93,10 @@ parity: dev
 # Fifty times kill -9 of a rank at a random moment; stopped, it goes on counting.
 torture: dev
 	$(BIN)/python -m tests.torture $(ARGS)
+
+# Two hundred kills of jobs on a real Slurm, which starts here (as root); stopped, it goes on counting.
+kills: dev
+	$(BIN)/python -m tests.slurm.kills $(ARGS)
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

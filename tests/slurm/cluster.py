@@ -164,6 +164,12 @@ class Job:
         return self.state
 
     def rank_pid(self, rank: int) -> tuple[int, int]:
+        """`find_rank` of one that must be there."""
+        found = self.find_rank(rank)
+        assert found is not None, f"no rank {rank} on {self.nodes}; {self.story()}"
+        return found
+
+    def find_rank(self, rank: int) -> tuple[int, int] | None:
         """(node, pid there) of a rank of the running life."""
         for name in self.nodes:
             node = int(name[1:])
@@ -174,7 +180,7 @@ class Job:
                 )
                 if f"SLURM_JOB_ID={self.number}" in env and f"SLURM_PROCID={rank}" in env:
                     return node, pid
-        raise AssertionError(f"no rank {rank} on {self.nodes}; {self.story()}")
+        return None
 
     def story(self) -> str:
         """All that there is to read of it, for a failing test."""
