@@ -112,8 +112,9 @@ class CheckpointConfig(Section):
     keep_last: Positive = 2
     keep_best: bool = True  # by validation loss
     keep_every: NonNegative = 0  # steps; keep each n-th for good
-    # async: training waits for a copy into host memory, the rest is done behind it; the same files.
-    mode: Literal["async", "sync"] = "async"
+    # async: training waits for a copy into host memory, the rest is done behind it; local: for a
+    # write to the node's own disk (TMPDIR) instead, if memory is scarce. The same files in each.
+    mode: Literal["async", "local", "sync"] = "async"
 
 
 class SampleConfig(Section):

@@ -17,8 +17,9 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("titans_pretrain.checkpoint")
 
 FORMAT = 1
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,39 @@ def save(
     Raises:
         NodeError on every rank, if any rank could not write.
     """
+    put = partial(write, fragments, tensors, world, go_on)
+    return assemble(checkpoints, state, put, world, still_mine)
+
+
+def write(
+    fragments: Sequence[Fragment],
+    tensors: dict[str, torch.Tensor],
+    world: World,
+    go_on: Callable[[], None],
+    folder: Path,
+) -> dict[str, str]:
+    """Collective. Writes this rank's tensors into `folder`: the sha256 of each of its files."""
+    try:
+        dcp.save_tensors(folder, fragments, tensors, world.group, go_on)
+    except CheckpointException as e:
+        raise _not_written(_first_cause(e)) from e
+    return {path.name: _sha256(path) for path in files_of(folder, world.rank)}
+
+
+def files_of(folder: Path, rank: int) -> list[Path]:
+    """Those that `rank` has written; rank 0 also writes the table of all tensors."""
+    table = [folder / dcp.METADATA_FILE] if rank == 0 else []
+    return [path for path in (*folder.glob(f"__{rank}_*"), *table) if path.exists()]
+
+
+def assemble(
+    checkpoints: Path,
+    state: dict[str, Any],
+    put: Callable[[Path], dict[str, str]],
+    world: World,
+    still_mine: Callable[[], None],
+) -> Path:
+    """`save`, where `put` brings this rank's files into a folder: the sha256 of each by name."""
     final = folder_of(checkpoints, state["step"])
     aside = checkpoints / f".writing-{final.name}-life-{state['life']}"
 
@@ -86,16 +121,8 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
 
-    def write_tensors() -> dict[str, str]:
-        try:
-            dcp.save_tensors(aside, fragments, tensors, world.group, go_on)
-        except CheckpointException as e:
-            raise _not_written(_first_cause(e)) from e
-        return {p.name: _sha256(p) for p in aside.glob(f"__{world.rank}_*")}
-
     def publish() -> None:
         checksums = {name: digest for part in digests for name, digest in part.items()}
-        checksums[dcp.METADATA_FILE] = _sha256(aside / dcp.METADATA_FILE)
         text = json.dumps({"format": FORMAT, **state}, indent=1)
         checksums["state.json"] = hashlib.sha256(text.encode()).hexdigest()
         _write(aside / "state.json", text)
@@ -108,9 +135,9 @@ def save(
         _sync_folder(checkpoints)
 
     try:
-        world.only_first(_told(prepare, world))
-        digests = world.gather_objects(world.agree(_told(write_tensors, world)))
-        world.only_first(_told(publish, world))
+        world.only_first(told(prepare, world))
+        digests = world.gather_objects(world.agree(told(partial(put, aside), world)))
+        world.only_first(told(publish, world))
     except TitansError:
         if world.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -118,10 +145,10 @@ def save(
     return final
 
 
-def _told(act: Callable[[], Any], world: World) -> Callable[[], Any]:
+def told(act: Callable[[], T], world: World) -> Callable[[], T]:
     """`act`, with a disk's refusal told as a NodeError."""
 
-    def run() -> Any:
+    def run() -> T:
         try:
             return act()
         except OSError as e:

@@ -29,6 +29,7 @@ from titans_pretrain.errors import LostPeerError, NodeError, OutOfMemoryError, T
 from titans_pretrain.parallel.layout import Fragment
 from titans_pretrain.phases import phase
 from titans_pretrain.run import checkpoint
+from titans_pretrain.run.local_disk import LocalDisk
 
 if TYPE_CHECKING:
     from titans_pretrain.config import CheckpointConfig
@@ -91,7 +92,8 @@ class Saver:
     """Saves the checkpoints of a run; at most one at a time. Collective to make.
 
     Beside its partition a rank holds a copy of it in host memory (pinned, for CUDA), kept from the
-    first save on, and one piece of one tensor while it is written. `mode: sync` makes no copy.
+    first save on, and one piece of one tensor while it is written. `mode: sync` makes no copy, nor
+    does `local`, which writes to the node's own disk first (local_disk.py).
 
     Use as a context manager: if the block is left by an error that all ranks share, a save in
     flight is still completed; if this rank leaves alone, it is given up.
@@ -113,6 +115,9 @@ class Saver:
         self._still_mine, self._told = still_mine, told
         self._world = world.apart()
         self._stager = _stager(world.device)
+        self._disk = LocalDisk(checkpoints, self._world) if config.mode == "local" else None
+        if self._disk is not None:
+            self._disk.clear()
         self._job: _Job | None = None
         self._trouble: TitansError | None = None  # met here, for all ranks to agree on
         self._given_up = threading.Event()
@@ -130,11 +135,19 @@ class Saver:
         began = time.perf_counter()
         self._wait_for_earlier(state["step"])
         if self._config.mode == "sync":
-            path = self._write(state, fragments, tensors)
+            put = partial(checkpoint.write, fragments, tensors, self._world, self._go_on)
+            path = self._complete(state, put)
             stalled = time.perf_counter() - began
             self._tell(Saved(state["step"], path, stalled, 0.0, time.time()))
             return stalled
-        act = partial(self._write, copy.deepcopy(state), *self._copy(fragments, tensors))
+        kept = copy.deepcopy(state)
+        if self._disk is not None:
+            written = self._disk.write(state["step"], fragments, tensors, self._go_on)
+            put = partial(self._disk.bring, written, self._go_on)
+        else:
+            ours = self._copy(fragments, tensors)
+            put = partial(checkpoint.write, *ours, self._world, self._go_on)
+        act = partial(self._complete, kept, put)
         self._job = _Job(act, state["step"], began)
         self._job.start()
         return self._job.stalled
@@ -188,18 +201,8 @@ class Saver:
         owned = [replace(f, tensors=copied) for f, copied in zip(fragments, host["owned"])]
         return owned, host["tensors"]
 
-    def _write(
-        self, state: dict[str, Any], fragments: Sequence[Fragment], tensors: dict[str, torch.Tensor]
-    ) -> Path:
-        path = checkpoint.save(
-            self._checkpoints,
-            state,
-            fragments,
-            tensors,
-            self._world,
-            self._still_mine,
-            self._go_on,
-        )
+    def _complete(self, state: dict[str, Any], put: Callable[[Path], dict[str, str]]) -> Path:
+        path = checkpoint.assemble(self._checkpoints, state, put, self._world, self._still_mine)
         if self._world.rank == 0:
             checkpoint.prune(self._checkpoints, self._config, state["step"])
         return path
