@@ -60,6 +60,7 @@ class Fault:
     changes: dict[str, Any] = field(default_factory=dict)
     site: dict[str, Any] = field(default_factory=dict)
     small: bool = False  # the run folder lies on the small disk
+    by_hand: bool = False  # too long for every test run
     elsewhere: bool = False  # the next life runs without the node that `act` returns
 
 
@@ -94,7 +95,7 @@ def strike(cluster: Cluster, fault: Fault, job: Job) -> Told:
             return Told(noticed, None, reached - saved, said(fault, job))
         if fault.early:
             fault.undo(cluster, made)
-        job.until_life(1, 150)
+        job.until_life(1, 600)
         back = time.monotonic() - began
         if fault.elsewhere:
             assert f"n{made}" not in job.nodes, job.story()
@@ -220,11 +221,16 @@ def all_idle(cluster: Cluster, seconds: float = 60.0, but: int = 0) -> None:
         time.sleep(0.2)
 
 
-@contextmanager
-def slow_to_see(cluster: Cluster) -> Iterator[None]:
-    cluster("timeout", 60)
-    yield
-    cluster("timeout", 10)
+def seen_after(seconds: int) -> Callable[[Cluster], AbstractContextManager[None]]:
+    """Slurm takes a silent node for DOWN after so many seconds, instead of 10."""
+
+    @contextmanager
+    def around(cluster: Cluster) -> Iterator[None]:
+        cluster("timeout", seconds)
+        yield
+        cluster("timeout", 10)
+
+    return around
 
 
 FAULTS = {
@@ -264,7 +270,12 @@ FAULTS = {
         "power cut of the first node", cut_power_of_first, "node failure", boot, elsewhere=True
     ),
     "power save": Fault(
-        "power cut of a node in a save", cut_power_in_save, "node failure", boot, elsewhere=True
+        "power cut of a node in a save",
+        cut_power_in_save,
+        "node failure",
+        boot,
+        elsewhere=True,
+        changes={"checkpoint__mode": "local"},
     ),
     "power 60": Fault(
         "power cut of a node, SlurmdTimeout=60",
@@ -272,8 +283,18 @@ FAULTS = {
         "node failure",
         boot,
         reads=("stays, until Slurm sees",),
-        around=slow_to_see,
+        around=seen_after(60),
         elsewhere=True,
+    ),
+    "power 300": Fault(
+        "power cut of a node, SlurmdTimeout=300 (Slurm's default)",
+        cut_power,
+        "node failure",
+        boot,
+        reads=("stays, until Slurm sees",),
+        around=seen_after(300),
+        elsewhere=True,
+        by_hand=True,
     ),
     "network": Fault("a node's network is cut", unplug, "node failure|hang", plug, elsewhere=True),
     "disk": Fault(
