@@ -165,6 +165,23 @@ def test_a_job_that_slurm_queues_again_for_ever_is_ended(job, capsys):
     assert "restarted 3 times" in last.err
 
 
+def test_on_a_full_disk_a_job_ends(job, tmp_path, monkeypatch, capsys):
+    mine = job(0, "begin")
+    mine.path("failure").touch()  # made, and then there was no room for its words
+    assert mine.failure().code == 76
+    job(0, "end", "--code", "143")
+    assert capsys.readouterr().out.splitlines()[-1] == "again 76 -"
+    monkeypatch.setattr(Path, "open", _full)
+    job(1, "end", "--code", "76")  # nor for a line about the restart
+    last = capsys.readouterr()
+    assert last.out == "end 76 -\n"
+    assert "No space left on device; free space" in last.err
+
+
+def _full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
 def test_the_first_failure_of_a_life_stays(tmp_path, monkeypatch):
     monkeypatch.setenv("TITANS_RUN", str(tmp_path))
     monkeypatch.setenv("TITANS_JOB", "7.2")

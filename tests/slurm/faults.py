@@ -48,7 +48,6 @@ class Fault:
     act: Callable[[Cluster, Job], Any]  # it is past a checkpoint; returns what `undo` needs
     reason: str  # in restarts.tsv (or A|B); "" if the job ends or goes on
     undo: Callable[[Cluster, Any], Any] = lambda cluster, made: None
-    early: bool = False  # undo as soon as the life is over, not once the next one trains
     then: str = "again"  # or "ends" (as `state`), or "goes on" in the same life
     state: str = "COMPLETED"
     loses: int = EVERY  # at most so many steps, done again
@@ -93,14 +92,11 @@ def strike(cluster: Cluster, fault: Fault, job: Job) -> Told:
             assert job.until_ended() == fault.state, job.story()
             fault.undo(cluster, made)
             return Told(noticed, None, reached - saved, said(fault, job))
-        if fault.early:
-            fault.undo(cluster, made)
         job.until_life(1, 600)
         back = time.monotonic() - began
         if fault.elsewhere:
             assert f"n{made}" not in job.nodes, job.story()
-        if not fault.early:
-            fault.undo(cluster, made)
+        fault.undo(cluster, made)
         assert job.until_ended() == fault.state, job.story()
         assert len(job.restarts) == 1, job.story()
         assert job.restarts[0].reason in fault.reason.split("|"), job.story()
@@ -298,13 +294,13 @@ FAULTS = {
     ),
     "network": Fault("a node's network is cut", unplug, "node failure|hang", plug, elsewhere=True),
     "disk": Fault(
-        "the shared disk is full",
+        "the shared disk is full, and stays so",
         fill_disk,
-        "node fault",
+        "",
         lambda cluster, path: cluster("run", "rm", path),
-        early=True,
+        then="ends",
+        state="FAILED",
         small=True,
-        reads=("again: node fault",),
     ),
     "controller": Fault("Slurm's controller restarts", restart_controller, "", then="goes on"),
 }

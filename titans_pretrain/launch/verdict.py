@@ -196,7 +196,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if marks is None:
         parser.error("TITANS_RUN and TITANS_JOB are not set: the job script sets them")
     dead, avoid = (tuple(n for n in x.split(",") if n) for x in (args.dead, args.avoid))
-    v = begin(marks) if args.when == "begin" else end(marks, args.code, dead, avoid)
+    try:
+        v = begin(marks) if args.when == "begin" else end(marks, args.code, dead, avoid)
+    except OSError as e:  # nothing could be counted: no restart, lest it go on for ever
+        words = f"{e}; free space or mend the disk, and submit the run again"
+        v = Verdict("end", args.code or EXIT_NODE, "the run folder cannot be used", words=words)
     print(f"{v.do}: {v.reason}{f' ({v.words})' if v.words else ''}", file=sys.stderr)
     print(v.do, v.code, ",".join(v.nodes) or "-")
     return 0

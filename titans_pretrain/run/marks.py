@@ -11,7 +11,7 @@ failure   the first failure, as JSON                       (the rank that was fi
 bad       nodes to avoid from now on, one a line           (whoever finds one)
 
 Without TITANS_RUN and TITANS_JOB in the environment (a run without a job script) nothing is
-written. Runs on any Python from 3.8 on and imports nothing else, as launch/verdict.py does.
+written. As launch/verdict.py it runs on any Python from 3.8 on, and imports only what does.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import socket
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from titans_pretrain.errors import EXIT_NODE
 
 RUN, JOB = "TITANS_RUN", "TITANS_JOB"  # the run folder; <job>.<life>
 
@@ -62,13 +64,13 @@ class Marks:
             file.write(json.dumps(failure._asdict()) + "\n")
 
     def failure(self) -> Failure | None:
-        """The first failure. Raises OSError; one whose writing was cut off counts as code 1."""
+        """The first failure. Raises OSError; one that could not be written counts as the disk's."""
         try:
             return Failure(**json.loads(self.path("failure").read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError):
-            return Failure(1, "unknown", -1, "?", "its message was cut off")
+            return Failure(EXIT_NODE, "unknown", -1, "?", "what failed could not be written down")
 
     def lines(self, name: str) -> list[str]:
         """The words of a mark, none if it is not there. Raises OSError."""
