@@ -173,7 +173,8 @@ class Job:
         """(node, pid there) of a rank of the running life."""
         for name in self.nodes:
             node = int(name[1:])
-            found = self.cluster("on", node, "pgrep", "-f", "titans_pretrain train", check=False)
+            ours = "^[^ ]*python[^ ]* -u -m titans_pretrain train"  # and not srun
+            found = self.cluster("on", node, "pgrep", "-f", ours, check=False)
             for pid in map(int, found.split()):
                 env = self.cluster("on", node, "cat", f"/proc/{pid}/environ", check=False).split(
                     "\0"

@@ -19,6 +19,7 @@ from typing import Any
 from tests import torture
 from tests.prepared import small_dataset, small_run
 from tests.slurm.cluster import Cluster, Job
+from titans_pretrain.launch.render import seconds
 
 STEPS, EVERY = 120, 20  # of a run; between two checkpoints
 WATCHDOG = {"start_minutes": 3, "step_minutes": 0.5, "silent_seconds": 15.0}
@@ -204,8 +205,8 @@ def reach_time_limit(cluster: Cluster, job: Job) -> None:
     ranks = [job.rank_pid(rank) for rank in range(2)]
     for node, pid in ranks:
         cluster("on", node, "kill", "-STOP", pid)
-    path = cluster.folder / "c" / "log" / "slurmctld.log"
-    job.until("Slurm signals", lambda: "sending signal" in path.read_text().lower(), 100)
+    left = ("squeue", "-h", "-j", job.number, "-o", "%L")
+    job.until("Slurm signals", lambda: seconds(job.slurm(*left).strip()) < 55, 100)
     for node, pid in ranks:
         cluster("on", node, "kill", "-CONT", pid)
 
