@@ -7,7 +7,7 @@ import pytest
 
 from titans_pretrain import errors
 from titans_pretrain.errors import ConfigError, HangError, LostPeerError
-from titans_pretrain.launch import verdict
+from titans_pretrain.launch import fitness, preflight_report, verdict
 from titans_pretrain.launch.task import SlurmTask, place_from_slurm, tasks_per_node
 from titans_pretrain.launch.verdict import Facts, Restart, decide
 from titans_pretrain.run import marks
@@ -39,10 +39,28 @@ TABLE = {
     "stopped": (Facts(143, 9, 5, stop=True, saved=True), [], "end", 0, "stopped"),
     "stopped, and a node is gone": (Facts(143, stop=True, dead=DEAD), [], "end", 0, "stopped"),
     "bad node": (Facts(143, bad=BAD), [], "again", 76, "hardware"),
-    "bad node before all others": (
-        Facts(143, bad=BAD, dead=DEAD, failure=OTHER),
+    "bad node before what ranks said": (
+        Facts(143, bad=BAD, failure=OTHER),
         [],
         *("again", 76, "hardware"),
+    ),
+    "node gone before a bad node": (
+        Facts(76, bad=BAD, dead=DEAD, unfit="why"),
+        [],
+        *("stay", 76, "node failure"),
+    ),
+    "unfit, and no node's fault": (
+        Facts(76, started=False, unfit="why"),
+        [],
+        "end",
+        76,
+        "preflight",
+    ),
+    "stopped during the preflight": (Facts(76, stop=True, unfit="why"), [], "end", 0, "stopped"),
+    "saved on request during the preflight": (
+        Facts(75, saved=True, started=False),
+        [],
+        *("again", 75, "asked without a step"),
     ),
     "node gone": (Facts(143, dead=DEAD), [], "stay", 143, "node failure"),
     "node gone before what ranks said": (
@@ -244,6 +262,6 @@ def test_a_task_leaves_marks_only_for_a_job_script(tmp_path, monkeypatch):
     assert mine.has("saved")
 
 
-@pytest.mark.parametrize("module", [verdict, marks, errors])
+@pytest.mark.parametrize("module", [verdict, marks, errors, fitness, preflight_report])
 def test_what_the_batch_shell_runs_is_python_3_8(module):
     ast.parse(Path(module.__file__).read_text(), feature_version=(3, 8))
