@@ -165,14 +165,14 @@ def on_gpus(by_node: Mapping[str, Sequence[Finding]]) -> bool:
 
 def _equal(by_node: Mapping[str, Sequence[Finding]]) -> Iterator[Problem]:
     """Versions and code, against what most nodes have."""
-    told: dict[str, dict[str, str]] = {}  # what -> node -> value
+    told: dict[str, dict[str, set[str]]] = {}  # what -> node -> values
     for node, found in by_node.items():
         for f in found:
-            for what, value in f.get("machine", {}).get("versions", {}).items():
-                told.setdefault(what, {})[node] = value
-            if "code" in f:
-                told.setdefault("code", {})[node] = f["code"]
-    for what, values in told.items():
+            own = {"code": f["code"]} if "code" in f else {}
+            for what, value in [*f.get("machine", {}).get("versions", {}).items(), *own.items()]:
+                told.setdefault(what, {}).setdefault(node, set()).add(value)
+    for what, by in told.items():
+        values = {node: " and ".join(sorted(several)) for node, several in by.items()}
         (most, count), *rest = Counter(values.values()).most_common()
         if not rest:
             continue
