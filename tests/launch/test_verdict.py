@@ -1,12 +1,13 @@
 """What a job script does next: a table of lives and their ends, and the files it is read from."""
 
 import ast
+import pickle
 from pathlib import Path
 
 import pytest
 
 from titans_pretrain import errors
-from titans_pretrain.errors import ConfigError, HangError, LostPeerError
+from titans_pretrain.errors import ConfigError, HangError, LostPeerError, NodeError
 from titans_pretrain.launch import fitness, preflight_report, verdict
 from titans_pretrain.launch.task import SlurmTask, place_from_slurm, tasks_per_node
 from titans_pretrain.launch.verdict import Facts, Restart, decide
@@ -260,6 +261,50 @@ def test_a_task_leaves_marks_only_for_a_job_script(tmp_path, monkeypatch):
     assert found[:3] == (1, "ZeroDivisionError", 0)
     marks.saved()
     assert mine.has("saved")
+
+
+@pytest.mark.parametrize(
+    ("error", "bad"),
+    [
+        (NodeError("its own disk", "r", "r", "tn9"), ["tn9"]),
+        (NodeError("the shared disk", "r", "r"), []),
+        (LostPeerError("gone", "r", "r"), []),
+        (ConfigError("wrong", "r", "r"), []),
+    ],
+)
+def test_a_node_fault_names_its_node_where_it_is_that_nodes(tmp_path, monkeypatch, error, bad):
+    for name, value in {**SLURM, "TITANS_RUN": str(tmp_path), "TITANS_JOB": "7.0"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("TMPDIR", raising=False)
+    monkeypatch.setattr("titans_pretrain.run.signals.install", lambda: None)
+    told = pickle.loads(pickle.dumps(error))  # as other ranks are told, who then fail with it, too
+    for raised in (told, error):
+        monkeypatch.delenv("RANK", raising=False)
+        with pytest.raises(type(error)), SlurmTask():
+            raise raised
+    assert Marks(tmp_path, "7", 0).lines("bad") == bad
+
+
+def test_a_local_disk_that_cannot_be_made_is_its_nodes_fault(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TITANS_RUN", str(tmp_path))
+    monkeypatch.setenv("TITANS_JOB", "7.0")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "file" / "below"))
+    monkeypatch.setenv("SLURMD_NODENAME", "tn4")
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("titans_pretrain.run.signals.install", lambda: None)
+    with pytest.raises(NodeError, match="Not a directory"), SlurmTask():
+        pass
+    mine = Marks(tmp_path, "7", 0)
+    found = mine.failure()
+    assert found is not None and (found.code, mine.lines("bad")) == (76, ["tn4"])
 
 
 @pytest.mark.parametrize("module", [verdict, marks, errors, fitness, preflight_report])

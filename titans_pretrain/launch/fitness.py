@@ -99,7 +99,7 @@ def _absent(by_node: Mapping[str, Sequence[Finding]], ranks: int) -> Iterator[Pr
                 "findings",
                 f"{ranks - len(found)} of {ranks} ranks left no findings",
                 "each rank starts, and writes to the run folder",
-                "logs/rank-*.err tell what they said, if they began",
+                "srun's words in this log, or logs/rank-*.err, tell why: e.g. no run folder there",
             )
         for f in found:
             if not f.get("done"):
