@@ -205,6 +205,10 @@ JUDGED = {
         _edges_fail("all", NODES),
         *(NODES, "", "all nodes together", "network on all 4 nodes"),
     ),
+    "all together fail after a node was lost": (
+        _both(_edges_fail("all", NODES), _has("tn2", 1, done=False, at="all-reduce of all")),
+        *(NODES, "tn2", "rank 3 ended during: all-reduce of all", ""),
+    ),
     "the pair of two nodes fails": (
         _edges_fail("pair", ("tn1", "tn2")),
         *(("tn1", "tn2"), "", "tn1 and tn2: no answer", "network on all 2 nodes"),

@@ -38,7 +38,7 @@ class Bounds(NamedTuple):
     @property
     def limit(self) -> float:
         """Seconds after which a rank ends itself, wherever it stands."""
-        return self.start_seconds + 8 * (self.seconds + LATE)
+        return self.start_seconds + 12 * (self.seconds + LATE)
 
 
 class Problem(NamedTuple):
@@ -70,8 +70,8 @@ def judge(
         *_clocks(by_node, bounds),
         *_disks(by_node, bounds),
         *_matmuls(by_node, bounds),
-        *_network(by_node, bounds),
     ]
+    found += _network(by_node, bounds, bool(found))
     bad = tuple(node for node in nodes if any(p.node == node for p in found))
     return Judgement(tuple(found), *_believed(found, bad, len(nodes)))
 
@@ -298,7 +298,10 @@ def edges(by_node: Mapping[str, Sequence[Finding]], what: str) -> dict[tuple[str
     return found
 
 
-def _network(by_node: Mapping[str, Sequence[Finding]], bounds: Bounds) -> Iterator[Problem]:
+def _network(
+    by_node: Mapping[str, Sequence[Finding]], bounds: Bounds, known: bool
+) -> Iterator[Problem]:
+    """`known`: another check has found a bad node already, which may be why all together fail."""
     floor = bounds.all_reduce_gb_per_s or 0.0
 
     def wrong(edge: Edge) -> str:
@@ -330,7 +333,7 @@ def _network(by_node: Mapping[str, Sequence[Finding]], bounds: Bounds) -> Iterat
             named.add(node)
             yield problem(node, "; ".join(faulty[nodes] for nodes in mine))
     together = [edge for edge in edges(by_node, "all").values() if edge.error]
-    if not together or named:
+    if not together or named or known:
         return
     # All together fail, and no node fails in all of its pairs: those of a pair that fails, since
     # nothing tells which of the two; else nobody can be named.

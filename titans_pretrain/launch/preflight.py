@@ -34,7 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from titans_pretrain.errors import EXIT_DONE, ConfigError, this_node
+from titans_pretrain.errors import EXIT_DONE, ConfigError, TitansError, this_node
 from titans_pretrain.launch import probes
 from titans_pretrain.launch.fitness import LATE, Bounds
 from titans_pretrain.launch.task import place_from_slurm
@@ -124,8 +124,9 @@ class Meeting:
         )
 
     def at(self, point: str, said: Any = None) -> dict[int, Any]:
-        """Who of those that were at the last point are at this one, and what they say. Rank 0
-        waits for them; who is not there by then is left out from now on."""
+        """Who of those that were at the last point are at this one; on rank 0, and at the first
+        point, also what they say. Rank 0 waits for them; who is not there by then is left out from
+        now on."""
         first = not self.there
         expected = range(self._place.size) if first else list(self.there)
         patience = self._bounds.start_seconds if first else self._bounds.seconds + LATE
@@ -137,10 +138,13 @@ class Meeting:
                 time.sleep(_LOOK)
             there = [rank for rank in expected if self.store.check([f"{point}/{rank}"])]
             told = {rank: json.loads(self.store.get(f"{point}/{rank}")) for rank in there}
-            self.store.set(f"{point}/roll", json.dumps(told))
+            # All would be read by all: too much where ranks are many.
+            roll = told if first else dict.fromkeys(told)
+            self.store.set(f"{point}/roll", json.dumps(roll))
         self.store.wait([f"{point}/roll"], timedelta(seconds=2 * patience + LATE))
-        roll = json.loads(self.store.get(f"{point}/roll"))
-        told = {int(rank): said for rank, said in roll.items()}
+        if self._place.rank != 0:
+            roll = json.loads(self.store.get(f"{point}/roll"))
+            told = {int(rank): said for rank, said in roll.items()}
         self.there = {rank: self.there.get(rank, said) for rank, said in told.items()}
         return told
 
@@ -151,8 +155,8 @@ def _keep_store(master: tuple[str, int], seconds: float) -> None:
 
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.alarm(int(seconds))
-    _, port = master
-    kept = dist.TCPStore("0.0.0.0", port, is_master=True, wait_for_workers=False)
+    host, port = master
+    kept = dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
     while kept is not None:
         time.sleep(60.0)
 
@@ -336,4 +340,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except TitansError as e:
+        print(f"titans-pretrain: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)
