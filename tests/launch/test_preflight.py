@@ -256,6 +256,14 @@ def test_without_gpus_none_is_asked_for_unless_the_config_does():
     assert judgement.reason.startswith("GPUs on all 4 nodes: 0 GPUs for 2 ranks")
 
 
+def test_what_all_nodes_show_is_said_once():
+    findings = healthy()
+    _all_have(**{"run folder": _FULL})(findings)
+    judgement = judge(list(findings.values()), NODES, 2, BOUNDS)
+    said = list(preflight_report.told(list(findings.values()), NODES, judgement))
+    assert [line.split(":")[0] for line in said if "rule:" in line] == ["all 4 nodes, e.g. tn1"]
+
+
 def test_the_table_of_four_nodes():
     findings = healthy()
     _edges_fail("pair", *_ROUND_2)(findings)

@@ -222,7 +222,7 @@ def _disks(by_node: Mapping[str, Sequence[Finding]], bounds: Bounds) -> Iterator
                 )
             for kind in ("run folder", "local disk"):
                 disk = f.get(kind, {})
-                where = disk.get("path", "")
+                where = disk.get("path", kind)
                 if "error" in disk:
                     yield Problem(
                         node,

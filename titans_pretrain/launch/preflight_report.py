@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,8 +71,14 @@ def told(findings: Sequence[Finding], nodes: Sequence[str], judgement: Judgement
     for edge in edges(by_node, "all").values():
         rate = edge.error or f"{edge.gb_per_s:.3g} GB/s"
         yield f"all-reduce over all {len(edge.nodes)} nodes: {rate}"
+    counts = Counter(kind for _, kind in {(p.node, p.kind) for p in judgement.problems})
+    said = set()
     for p in judgement.problems:
-        yield f"{p.node}: {p.value}\n  rule:   {p.rule}\n  remedy: {p.remedy}"
+        everywhere = counts[p.kind] == len(by_node) > 1
+        if not everywhere or p.kind not in said:  # once is enough
+            who = f"all {len(by_node)} nodes, e.g. {p.node}" if everywhere else p.node
+            yield f"{who}: {p.value}\n  rule:   {p.rule}\n  remedy: {p.remedy}"
+        said.add(p.kind)
     if judgement.reason:
         yield f"nobody is left out: {judgement.reason}"
 
