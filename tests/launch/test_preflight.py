@@ -147,7 +147,7 @@ JUDGED = {
     ),
     "two of each": (
         _both(_has("tn3", code="b"), _has("tn4", code="b")),
-        *(NODES, "", "code b", "version of code on all 4 nodes"),
+        *(NODES, "", "code: abc on 2 nodes, b on 2", "version of code on all 4 nodes: code: abc"),
     ),
     "other code": (_has("tn2", code="xyz"), NODES, "tn2", "code xyz, abc on 3 others", ""),
     "another clock": (_has("tn2", clock=1e9 + 7, **{}), NODES, "", "", ""),  # its other rank's

@@ -173,16 +173,16 @@ def _equal(by_node: Mapping[str, Sequence[Finding]]) -> Iterator[Problem]:
                 told.setdefault(what, {}).setdefault(node, set()).add(value)
     for what, by in told.items():
         values = {node: " and ".join(sorted(several)) for node, several in by.items()}
-        (most, count), *rest = Counter(values.values()).most_common()
-        if not rest:
-            continue
+        counts = Counter(values.values()).most_common()
+        most, count = counts[0]
         agreed = 2 * count > len(values)
+        each = ", ".join(f"{value} on {number} nodes" for value, number in counts)
         for node, value in values.items():
-            if not agreed or value != most:
+            if len(counts) > 1 and (not agreed or value != most):
                 yield Problem(
                     node,
                     f"version of {what}",
-                    f"{what} {value}" + (f", {most} on {count} others" if agreed else ""),
+                    f"{what} {value}, {most} on {count} others" if agreed else f"{what}: {each}",
                     "all nodes run the same code with the same libraries",
                     "install the same on all, or use one container image",
                 )
