@@ -14,6 +14,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+
 EXIT_DONE = 0
 EXIT_OTHER = 1
 EXIT_CONFIG = 2
@@ -33,7 +36,7 @@ class TitansError(Exception):
         self.value, self.rule, self.remedy = value, rule, remedy
         super().__init__(f"{value}\n  rule:   {rule}\n  remedy: {remedy}")
 
-    def __reduce__(self) -> tuple[type[TitansError], tuple[str, str, str]]:
+    def __reduce__(self) -> tuple[type[TitansError], tuple[str, ...]]:
         return type(self), (self.value, self.rule, self.remedy)  # ranks tell each other
 
 
@@ -60,9 +63,20 @@ class DivergedError(TitansError):
 
 
 class NodeError(TitansError):
-    """This machine failed the run: disk full, folder not writable, device or peer lost."""
+    """A machine failed the run: disk full, folder not writable, device or peer lost.
+
+    node: the one at fault, as Slurm calls it, where it is that node's alone (its own disk, its
+    device); "" where it is a shared disk's, or nobody's. Kept as other ranks are told.
+    """
 
     exit_code = EXIT_NODE
+
+    def __init__(self, value: str, rule: str, remedy: str, node: str = "") -> None:
+        super().__init__(value, rule, remedy)
+        self.node = node
+
+    def __reduce__(self) -> tuple[type[TitansError], tuple[str, ...]]:
+        return type(self), (self.value, self.rule, self.remedy, self.node)
 
 
 class HangError(TitansError):
@@ -73,3 +87,8 @@ class HangError(TitansError):
 
 class LostPeerError(NodeError):
     """Another rank is gone: this one leaves alone."""
+
+
+def this_node() -> str:
+    """This machine as Slurm calls it, else by its own name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()

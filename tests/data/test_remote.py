@@ -312,18 +312,22 @@ def test_names_that_lead_elsewhere_are_refused(folder, tmp_path):
             open_source(f"file://{bad}", CacheConfig(folder=str(tmp_path / "cache")))
 
 
-def test_a_disk_that_refuses_is_a_node_error(server, folder, tmp_path):
+def test_a_disk_that_refuses_is_a_node_error(server, folder, tmp_path, monkeypatch):
     _, url = server
+    monkeypatch.setenv("SLURMD_NODENAME", "tn3")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "full"))
     (tmp_path / "file").write_text("")
     with pytest.raises(NodeError, match="Not a directory") as told:
         stream(url, tmp_path / "file" / "cache")
     assert "data.cache.folder" in told.value.remedy and told.value.exit_code == 76
+    assert told.value.node == ""  # a disk that may be all nodes'
     one = stream(url, tmp_path / "full")
     for shard in load_manifest(folder).splits["train"].shards:
         part = tmp_path / "full" / "shards" / f"{shard.sha256}.{shard.bytes}.part"
         part.symlink_to("/dev/full")
-    with pytest.raises(NodeError, match="No space left on device"):
+    with pytest.raises(NodeError, match="No space left on device") as told:
         hashes(one, 1)
+    assert told.value.node == "tn3"
 
 
 def test_pauses_grow_and_differ():

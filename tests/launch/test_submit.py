@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from titans_pretrain import cli
-from titans_pretrain.config import SiteConfig, load_site
+from titans_pretrain.config import PreflightConfig, SiteConfig, load_site
 from titans_pretrain.errors import ConfigError
 from titans_pretrain.launch import slurm
 from titans_pretrain.launch.freeze import freeze, look_at_code
@@ -42,6 +42,8 @@ code=/shared/runs/titans-1.3b/jobs/0001/code
 train=(/shared/runs/titans-1.3b/jobs/0001/config.yaml)
 run=/shared/runs/titans-1.3b
 srun_options=() wait_seconds=60 avoid=
+preflight='{"seconds":30.0,"start_seconds":120.0,"matmul_tflops":null,"matmul_of_median":0.7,\
+"all_reduce_gb_per_s":null,"disk_free_gb":1.0,"disk_mb_per_s":null,"clock_seconds":5.0}'
 export NCCL_SOCKET_IFNAME=ib0
 export GLOO_SOCKET_IFNAME=ib0
 export NCCL_IB_HCA=mlx5
@@ -87,10 +89,12 @@ def test_the_job_script_of_an_odd_site():
         exclude=["tn1", "tn2"],
         srun=["--container-image=/a b.sqsh"],
         env={"X": "it's $HOME"},
+        preflight=None,
     )
     lines = _written(_checked(render(_job(site), site))).splitlines()
     assert "#SBATCH --exclude=tn1,tn2" in lines
     assert "srun_options=('--container-image=/a b.sqsh') wait_seconds=60 avoid=tn1,tn2" in lines
+    assert "preflight=" in lines
     assert """export X='it'"'"'s $HOME'""" in lines
     assert not [x for x in lines if "gres" in x or "exclusive" in x or "--time" in x]
 
@@ -101,6 +105,7 @@ def test_the_template_by_hand_asks_for_what_submit_asks_for():
         assert f"#SBATCH {option}" in by_hand
     names = {line.split("=")[0] for line in by_hand}
     assert {"python", "code", "train", "run", "srun_options", "setup() { :; }"} <= names
+    assert f"preflight='{PreflightConfig().model_dump_json()}'" in by_hand
 
 
 def test_a_template_without_marks_is_refused(tmp_path):
@@ -130,6 +135,8 @@ def test_a_time_limit_in_words_is_refused():
         ({"sbatch": ["mem=0"]}, "one option with its dashes"),
         ({"env": {"NCCL DEBUG": "WARN"}}, "letters, digits and _"),
         ({"account": "my project"}, "one word for sbatch"),
+        ({"preflight": {"matmul_tflop": 5}}, "preflight.matmul_tflop=5: no such key"),
+        ({"preflight": {"seconds": 1}}, "greater than or equal to 5"),
         ({"stop_ahead": 5}, "greater than or equal to 60"),
     ],
 )
@@ -172,6 +179,10 @@ def test_a_dry_run_of_the_largest_tells_all_and_touches_nothing(tmp_path):
     assert f"watch    tail -F {run}/logs/job-JOB.out" in told
     assert f"stop     titans-pretrain stop {run}" in told
     assert "  lr: 0.0005" in told
+    assert (
+        "checks   each node before a life begins: seconds=30 start_seconds=120 "
+        "matmul_of_median=0.7 disk_free_gb=1 clock_seconds=5" in told
+    )
     expected = WRITTEN.replace("/shared/runs/titans-1.3b", str(run))
     assert expected.replace("/home/me", str(tmp_path)) in done.stdout
     _checked(done.stdout[done.stdout.index("#!/bin/bash") :])

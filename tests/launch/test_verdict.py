@@ -1,13 +1,14 @@
 """What a job script does next: a table of lives and their ends, and the files it is read from."""
 
 import ast
+import pickle
 from pathlib import Path
 
 import pytest
 
 from titans_pretrain import errors
-from titans_pretrain.errors import ConfigError, HangError, LostPeerError
-from titans_pretrain.launch import verdict
+from titans_pretrain.errors import ConfigError, HangError, LostPeerError, NodeError
+from titans_pretrain.launch import fitness, preflight_report, verdict
 from titans_pretrain.launch.task import SlurmTask, place_from_slurm, tasks_per_node
 from titans_pretrain.launch.verdict import Facts, Restart, decide
 from titans_pretrain.run import marks
@@ -39,10 +40,28 @@ TABLE = {
     "stopped": (Facts(143, 9, 5, stop=True, saved=True), [], "end", 0, "stopped"),
     "stopped, and a node is gone": (Facts(143, stop=True, dead=DEAD), [], "end", 0, "stopped"),
     "bad node": (Facts(143, bad=BAD), [], "again", 76, "hardware"),
-    "bad node before all others": (
-        Facts(143, bad=BAD, dead=DEAD, failure=OTHER),
+    "bad node before what ranks said": (
+        Facts(143, bad=BAD, failure=OTHER),
         [],
         *("again", 76, "hardware"),
+    ),
+    "node gone before a bad node": (
+        Facts(76, bad=BAD, dead=DEAD, unfit="why"),
+        [],
+        *("stay", 76, "node failure"),
+    ),
+    "unfit, and no node's fault": (
+        Facts(76, started=False, unfit="why"),
+        [],
+        "end",
+        76,
+        "preflight",
+    ),
+    "stopped during the preflight": (Facts(76, stop=True, unfit="why"), [], "end", 0, "stopped"),
+    "saved on request during the preflight": (
+        Facts(75, saved=True, started=False),
+        [],
+        *("again", 75, "asked without a step"),
     ),
     "node gone": (Facts(143, dead=DEAD), [], "stay", 143, "node failure"),
     "node gone before what ranks said": (
@@ -244,6 +263,50 @@ def test_a_task_leaves_marks_only_for_a_job_script(tmp_path, monkeypatch):
     assert mine.has("saved")
 
 
-@pytest.mark.parametrize("module", [verdict, marks, errors])
+@pytest.mark.parametrize(
+    ("error", "bad"),
+    [
+        (NodeError("its own disk", "r", "r", "tn9"), ["tn9"]),
+        (NodeError("the shared disk", "r", "r"), []),
+        (LostPeerError("gone", "r", "r"), []),
+        (ConfigError("wrong", "r", "r"), []),
+    ],
+)
+def test_a_node_fault_names_its_node_where_it_is_that_nodes(tmp_path, monkeypatch, error, bad):
+    for name, value in {**SLURM, "TITANS_RUN": str(tmp_path), "TITANS_JOB": "7.0"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("TMPDIR", raising=False)
+    monkeypatch.setattr("titans_pretrain.run.signals.install", lambda: None)
+    told = pickle.loads(pickle.dumps(error))  # as other ranks are told, who then fail with it, too
+    for raised in (told, error):
+        monkeypatch.delenv("RANK", raising=False)
+        with pytest.raises(type(error)), SlurmTask():
+            raise raised
+    assert Marks(tmp_path, "7", 0).lines("bad") == bad
+
+
+def test_a_local_disk_that_cannot_be_made_is_its_nodes_fault(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TITANS_RUN", str(tmp_path))
+    monkeypatch.setenv("TITANS_JOB", "7.0")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "file" / "below"))
+    monkeypatch.setenv("SLURMD_NODENAME", "tn4")
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("titans_pretrain.run.signals.install", lambda: None)
+    with pytest.raises(NodeError, match="Not a directory"), SlurmTask():
+        pass
+    mine = Marks(tmp_path, "7", 0)
+    found = mine.failure()
+    assert found is not None and (found.code, mine.lines("bad")) == (76, ["tn4"])
+
+
+@pytest.mark.parametrize("module", [verdict, marks, errors, fitness, preflight_report])
 def test_what_the_batch_shell_runs_is_python_3_8(module):
     ast.parse(Path(module.__file__).read_text(), feature_version=(3, 8))

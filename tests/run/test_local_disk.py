@@ -13,7 +13,7 @@ import torch
 
 from tests.run.test_saver import Started, rng, state_of
 from tests.worlds import run_world
-from titans_pretrain.errors import NodeError
+from titans_pretrain.errors import NodeError, this_node
 from titans_pretrain.run import checkpoint, local_disk
 
 
@@ -77,7 +77,7 @@ def refused(folder: Path, where: str) -> Any:
         run.saver.wait()
         return "saved"
     except NodeError as e:
-        return str(e)
+        return f"{e}, bad: {e.node}"
     finally:
         torch.save = write  # the answer is sent by it
         run.world.shut_down()
@@ -90,6 +90,7 @@ def test_a_disk_that_refuses_is_told_on_every_rank(where: str, tmp_path: Path) -
     for told in run_world(refused, 2, tmp_path / "run", where, env={"TMPDIR": str(disk)}):
         assert "checkpoint not written: rank 1: " in told
         assert "[Errno 28] No space left on device" in told
+    assert told.endswith(f", bad: {this_node() if where == 'disk' else ''}")  # by the rank itself
     assert checkpoint.list_steps(tmp_path / "run") == [1]
     assert not list((tmp_path / "run").glob(".writing*"))
     assert not [p for p in disk.rglob("*") if p.is_file()]

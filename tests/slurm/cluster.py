@@ -19,6 +19,7 @@ from titans_pretrain.run.metrics import read_records
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
 SITE: dict[str, Any] = {"gpus_per_node": 1, "cpus_per_task": 1, "time": "10", "wait": 30}
+SITE |= {"preflight": None}  # it takes seconds of each life
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 

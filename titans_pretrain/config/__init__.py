@@ -30,7 +30,7 @@ from titans_pretrain.config.run import (
     ZeroConfig,
 )
 from titans_pretrain.config.section import ALIGNMENTS
-from titans_pretrain.config.site import SiteConfig
+from titans_pretrain.config.site import PreflightConfig, SiteConfig
 
 __all__ = [
     "ALIGNMENTS",
@@ -43,6 +43,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",
+    "PreflightConfig",
     "ProfileConfig",
     "RampConfig",
     "RunConfig",

@@ -7,7 +7,20 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from titans_pretrain.config.section import Positive, Section
+from titans_pretrain.config.section import Fraction, Positive, PositiveFloat, Section
+
+
+class PreflightConfig(Section):
+    """Bounds of the checks of each node before a life begins. GB and MB are 10^9, 10^6 bytes."""
+
+    seconds: Annotated[float, Field(ge=5)] = 30.0  # of one check; then it counts as failed
+    start_seconds: Annotated[float, Field(ge=5)] = 120.0  # until all ranks have imported torch
+    matmul_tflops: PositiveFloat | None = None  # of each GPU, bf16; null: no floor
+    matmul_of_median: Fraction = 0.7  # of the median of all ranks
+    all_reduce_gb_per_s: PositiveFloat | None = None  # between two nodes, as nccl-tests' busbw
+    disk_free_gb: Annotated[float, Field(ge=0)] = 1.0  # run folder and local_disk
+    disk_mb_per_s: PositiveFloat | None = None  # all nodes writing at once
+    clock_seconds: PositiveFloat = 5.0  # from the median of all nodes
 
 
 class SiteConfig(Section):
@@ -33,6 +46,7 @@ class SiteConfig(Section):
     setup: list[str] = Field(default=[])  # lines of shell before the ranks, e.g. "module load cuda"
     env: dict[str, str] = Field(default={})  # for the ranks, e.g. NCCL_SOCKET_IFNAME
     local_disk: str | None = None  # a folder on each node's own disk, for caches: TMPDIR
+    preflight: PreflightConfig | None = PreflightConfig()  # null: none
     template: str | None = None  # job script; default: slurm/pretrain.sbatch
 
     @field_validator("sbatch", "srun")

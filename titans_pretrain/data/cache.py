@@ -33,7 +33,7 @@ from pathlib import Path
 from titans_pretrain.config import CacheConfig
 from titans_pretrain.data.files import file_sha256
 from titans_pretrain.data.remote import FetchFailed, Patience, Wanted, fetch
-from titans_pretrain.errors import NodeError
+from titans_pretrain.errors import NodeError, this_node
 
 log = logging.getLogger("titans_pretrain.data.cache")
 
@@ -68,6 +68,9 @@ class Cache:
     def __init__(self, folder: Path, limit: int, patience: Patience) -> None:
         self.folder, self.limit, self.patience = folder, limit, patience
         self.shards, self.locks = folder / "shards", folder / "locks"
+        # On a disk that may be all nodes', no node is at fault.
+        own = os.environ.get("TMPDIR")
+        self._node = this_node() if own and folder.is_relative_to(Path(own).absolute()) else ""
         with self.disk():
             for made in (self.shards, self.locks, folder / "manifests"):
                 made.mkdir(parents=True, exist_ok=True)
@@ -141,6 +144,7 @@ class Cache:
                 f"cache of shards {self.folder}: {e.strerror or e}",
                 "shards from URLs are kept on a disk of this node that has room for them",
                 "free space, lower data.cache.gib, or give another data.cache.folder",
+                self._node,
             ) from e
 
     def _fetch_ahead(self) -> None:

@@ -80,6 +80,7 @@ def settings(job: Job, site: SiteConfig) -> list[str]:
     """Lines of shell that the rest of the template reads."""
     quote = shlex.quote
     env = dict(site.env)
+    preflight = site.preflight.model_dump_json() if site.preflight else ""
     lines = [
         f"python={quote(job.python)} shell_python={quote(site.shell_python)}",
         f"code={quote(str(job.frozen / 'code'))}",
@@ -87,6 +88,7 @@ def settings(job: Job, site: SiteConfig) -> list[str]:
         f"run={quote(str(job.run))}",
         f"srun_options=({' '.join(map(quote, site.srun))}) wait_seconds={site.wait} "
         f"avoid={quote(','.join(site.exclude)) if site.exclude else ''}",
+        f"preflight={quote(preflight) if preflight else ''}",
     ]
     lines += [f"export {name}={quote(value)}" for name, value in env.items()]
     if site.local_disk:

@@ -15,7 +15,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from titans_pretrain.config import RunConfig, SiteConfig, dump_config, load_config, load_site
+from titans_pretrain.config import (
+    PreflightConfig,
+    RunConfig,
+    SiteConfig,
+    dump_config,
+    load_config,
+    load_site,
+)
 from titans_pretrain.errors import EXIT_DONE, ConfigError
 from titans_pretrain.launch import slurm
 from titans_pretrain.launch.freeze import Code, freeze, look_at_code
@@ -98,6 +105,7 @@ def submit_run(args: argparse.Namespace) -> int:
         "script": str(frozen / "pretrain.sbatch"),
         "config": str(frozen / "config.yaml"),
         "code": f"{frozen / 'code'}: {code.describe()}",
+        "checks": _preflight(site.preflight),
     }
     job_id = "JOB" if args.dry_run else number
     for key, value in (facts | _commands(run, job_id)).items():
@@ -108,6 +116,14 @@ def submit_run(args: argparse.Namespace) -> int:
         print(f"\n--- {job.frozen / 'config.yaml'}\n{dump_config(config)}", end="")
         print(f"\n--- {job.frozen / 'pretrain.sbatch'}\n{script}", end="")
     return EXIT_DONE
+
+
+def _preflight(bounds: PreflightConfig | None) -> str:
+    """One line on what is checked before each life."""
+    if bounds is None:
+        return "none of the nodes before a life begins (preflight: null in the site file)"
+    told = bounds.model_dump(exclude_none=True)
+    return f"each node before a life begins: {' '.join(f'{k}={v:g}' for k, v in told.items())}"
 
 
 def _layout(config: RunConfig, nodes: int, gpus: int) -> str:

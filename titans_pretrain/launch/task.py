@@ -9,6 +9,7 @@ import errno
 import itertools
 import os
 import re
+import socket
 from collections.abc import MutableMapping
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,9 @@ from titans_pretrain.errors import (
     EXIT_OTHER,
     ConfigError,
     LostPeerError,
+    NodeError,
     TitansError,
+    this_node,
 )
 from titans_pretrain.run import marks, signals
 from titans_pretrain.run.files import storage_error
@@ -31,15 +34,11 @@ class SlurmTask:
         mine = marks.here()
         if mine is None:
             return self
-        signals.install()  # before torch is imported, which takes seconds
-        place_from_slurm(os.environ)
         try:
-            if scratch := os.environ.get("TMPDIR"):  # of this node
-                Path(scratch).mkdir(parents=True, exist_ok=True)
-            if os.environ["RANK"] == "0":
-                mine.write("started")
-        except OSError as e:
-            raise storage_error(e, f"beginning in {mine.run}", starting=True) from e
+            _begin(mine)
+        except TitansError as e:
+            self.__exit__(type(e), e, e.__traceback__)
+            raise
         return self
 
     def __exit__(
@@ -55,7 +54,33 @@ class SlurmTask:
             elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 code = EXIT_NODE
             what = error.value if isinstance(error, TitansError) else str(error)
-            marks.failed(code, type(error).__name__, what)
+            bad = error.node if isinstance(error, NodeError) else ""
+            marks.failed(code, type(error).__name__, what, bad)
+
+
+def _begin(mine: marks.Marks) -> None:
+    signals.install()  # before torch is imported, which takes seconds
+    place_from_slurm(os.environ)
+    make_local_disk(os.environ.get("TMPDIR", ""))
+    try:
+        if os.environ["RANK"] == "0":
+            mine.write("started")
+    except OSError as e:
+        raise storage_error(e, f"beginning in {mine.run}", starting=True) from e
+
+
+def make_local_disk(path: str) -> None:
+    """Makes the folder on this node's own disk, if there is to be one. Raises NodeError."""
+    try:
+        if path:
+            Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise NodeError(
+            f"TMPDIR={path}: {e.strerror} (on {socket.gethostname()})",
+            "a site's local_disk can be made on each node",
+            "mend it there, or change local_disk in the site file",
+            this_node(),
+        ) from e
 
 
 def place_from_slurm(env: MutableMapping[str, str]) -> None:

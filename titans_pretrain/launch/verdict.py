@@ -52,6 +52,7 @@ class Facts(NamedTuple):
     failure: Failure | None = None
     bad: tuple[str, ...] = ()  # nodes that a check found bad
     dead: tuple[str, ...] = ()  # nodes that do not answer
+    unfit: str = ""  # why the preflight lets no life begin, if no node is to blame
 
 
 class Verdict(NamedTuple):
@@ -73,12 +74,15 @@ def decide(facts: Facts, history: Sequence[Restart]) -> Verdict:
         return _within(f, history, "asked without a step", EXIT_SAVED, "stopped before any step")
     if f.code == EXIT_DONE:
         return Verdict("end", EXIT_DONE, "done")
-    if f.bad:
-        return _within(f, history, "hardware", EXIT_NODE, f"bad: {', '.join(f.bad)}", f.bad)
     if f.dead:
-        # Slurm will see it, too, and queue the running job again by itself.
+        # Slurm will see it, too, and queue the running job again by itself. First of all: a job
+        # that is queued again while a node is gone and not yet DOWN gets broken GPUs.
         words = f"does not answer: {', '.join(f.dead)}"
         return _within(f, history, NODE, f.code, words, f.dead, do="stay")
+    if f.bad:
+        return _within(f, history, "hardware", EXIT_NODE, f"bad: {', '.join(f.bad)}", f.bad)
+    if f.unfit:
+        return Verdict("end", EXIT_NODE, "preflight", words=f.unfit)
     if failure is not None:
         words = f"rank {failure.rank} on {failure.host}: {failure.kind}: {failure.what}"
         if failure.code == EXIT_HANG:
@@ -173,7 +177,8 @@ def end(marks: Marks, code: int, dead: tuple[str, ...], avoid: tuple[str, ...]) 
         saved=marks.has("saved"),
         started=marks.has("started"),
         failure=marks.failure(),
-        bad=tuple(marks.lines("bad")),
+        bad=tuple(dict.fromkeys(marks.lines("bad"))),
+        unfit=" ".join(marks.lines("unfit")),
         dead=dead,
     )
     verdict = decide(facts, history)

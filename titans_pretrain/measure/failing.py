@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from titans_pretrain.config import RunConfig
-from titans_pretrain.errors import LostPeerError, TitansError
+from titans_pretrain.errors import LostPeerError, NodeError, TitansError, this_node
 from titans_pretrain.measure.out_of_memory import explain, is_out_of_memory
 from titans_pretrain.parallel.peers import Peers
 from titans_pretrain.parallel.world import World
@@ -19,12 +19,24 @@ from titans_pretrain.step import TrainStep
 
 logger = logging.getLogger("titans_pretrain.measure.failing")
 
+# What CUDA says of a broken or lost device. "unspecified launch failure" is not among them: it may
+# be the program's fault, too.
+_BROKEN = (
+    "uncorrectable ECC error",
+    "uncorrectable NVLink error",
+    "over nvlink or a hardware error",
+    "CUDA error: unknown error",  # e.g. fallen off the bus
+    "device(s) is/are busy or unavailable",
+    "no CUDA-capable device is detected",
+    "system not yet initialized",  # the fabric manager of NVSwitch
+)
 _GONE = ("closed by peer", "reset by peer", "refused", "imed out")
 
 
 class Failing:
-    """A block inside which a failed allocation becomes OutOfMemoryError on all ranks, and a peer
-    that is gone becomes its error, or NodeError if it left without a word."""
+    """A block inside which a failed allocation becomes OutOfMemoryError on all ranks, a broken
+    device NodeError with its node, and a peer that is gone its error, or LostPeerError if it left
+    without a word."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -50,6 +62,8 @@ class Failing:
                 return
             if is_out_of_memory(error):
                 raise self._out_of_memory(error)
+            if isinstance(error, RuntimeError) and broken_device(error):
+                raise self._broken(error) from error
             if isinstance(error, RuntimeError) and _peer_gone(error):
                 raise self._lost(error) from error
         finally:
@@ -64,6 +78,20 @@ class Failing:
             self._peers.tell(failure)
         return failure
 
+    def _broken(self, error: RuntimeError) -> TitansError:
+        logger.warning("the device failed", exc_info=error)
+        rank, device = (self._world.rank, self._world.device) if self._world else (0, "cuda")
+        failure = NodeError(
+            f"rank {rank}, {device} of {this_node()}: {str(error).strip().splitlines()[0]}",
+            "devices work",
+            "nvidia-smi and dmesg (Xid) of that node tell more; start again without it: the run "
+            "goes on from its last checkpoint",
+            this_node(),
+        )
+        if self._peers is not None:
+            self._peers.tell(failure)
+        return failure
+
     def _lost(self, error: RuntimeError) -> TitansError:
         logger.warning("lost another rank", exc_info=error)
         told = self._peers.failure(wait=2.0) if self._peers is not None else None
@@ -73,6 +101,11 @@ class Failing:
             "the first rank to fail says why (logs/); start again: the run goes on from its last "
             "checkpoint",
         )
+
+
+def broken_device(error: RuntimeError) -> bool:
+    """Whether CUDA tells of a device that is broken or lost."""
+    return any(words in str(error) for words in _BROKEN)
 
 
 def _peer_gone(error: RuntimeError) -> bool:

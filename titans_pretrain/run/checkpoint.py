@@ -90,12 +90,14 @@ def write(
     world: World,
     go_on: Callable[[], None],
     folder: Path,
+    node: str = "",
 ) -> dict[str, str]:
-    """Collective. Writes this rank's tensors into `folder`: the sha256 of each of its files."""
+    """Collective. Writes this rank's tensors into `folder`: the sha256 of each of its files.
+    `node`: this one, where `folder` lies on its own disk."""
     try:
         dcp.save_tensors(folder, fragments, tensors, world.group, go_on)
     except CheckpointException as e:
-        raise _not_written(_first_cause(e)) from e
+        raise _not_written(_first_cause(e), node if world.rank in e.failures else "") from e
     return {path.name: _sha256(path) for path in files_of(folder, world.rank)}
 
 
@@ -145,23 +147,24 @@ def assemble(
     return final
 
 
-def told(act: Callable[[], T], world: World) -> Callable[[], T]:
-    """`act`, with a disk's refusal told as a NodeError."""
+def told(act: Callable[[], T], world: World, node: str = "") -> Callable[[], T]:
+    """`act`, with a disk's refusal told as a NodeError; `node`: this one, if it is its own disk."""
 
     def run() -> T:
         try:
             return act()
         except OSError as e:
-            raise _not_written(f"rank {world.rank}: {e}") from e
+            raise _not_written(f"rank {world.rank}: {e}", node) from e
 
     return run
 
 
-def _not_written(why: str) -> NodeError:
+def _not_written(why: str, node: str) -> NodeError:
     return NodeError(
         f"checkpoint not written: {why}",
         "every rank writes its part of a checkpoint, else none counts",
         "free disk space or mend the folder, then start again: earlier checkpoints are untouched",
+        node,
     )
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from titans_pretrain.errors import TitansError
+from titans_pretrain.errors import TitansError, this_node
 from titans_pretrain.parallel.layout import Fragment
 from titans_pretrain.run import checkpoint
 
@@ -59,16 +59,16 @@ class LocalDisk:
     ) -> Path:
         """Collective. This rank's tensors, into a folder that is returned.
 
-        Raises NodeError on every rank, if any rank could not write.
+        Raises NodeError on every rank, if any rank could not write, with that one's node.
         """
         folder = self._home / f"step-{step:08d}"
 
         def act() -> None:
             folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.write(fragments, tensors, self._world, go_on, folder)
+            checkpoint.write(fragments, tensors, self._world, go_on, folder, this_node())
 
         try:
-            self._world.agree(checkpoint.told(act, self._world))
+            self._world.agree(checkpoint.told(act, self._world, this_node()))
         except TitansError:
             self.drop(folder)
             raise

@@ -9,6 +9,8 @@ started   a rank has begun                                 (rank 0)
 saved     a checkpoint was saved on request                (rank 0, before any rank leaves)
 failure   the first failure, as JSON                       (the rank that was first)
 bad       nodes to avoid from now on, one a line           (whoever finds one)
+unfit     why no life can begin, in words                  (the preflight's judge)
+preflight a folder: what each rank found                   (launch/preflight.py)
 
 Without TITANS_RUN and TITANS_JOB in the environment (a run without a job script) nothing is
 written. As launch/verdict.py it runs on any Python from 3.8 on, and imports only what does.
@@ -72,6 +74,13 @@ class Marks:
         except (ValueError, TypeError):
             return Failure(EXIT_NODE, "unknown", -1, "?", "what failed could not be written down")
 
+    def avoid(self, node: str) -> None:
+        """Adds `node` to those that are bad. Raises OSError."""
+        if node not in self.lines("bad"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with self.path("bad").open("a", encoding="utf-8") as file:
+                file.write(f"{node}\n")
+
     def lines(self, name: str) -> list[str]:
         """The words of a mark, none if it is not there. Raises OSError."""
         path = self.path(name)
@@ -97,13 +106,16 @@ def saved() -> None:
         marks.write("saved")
 
 
-def failed(code: int, kind: str, what: str) -> None:
-    """Any rank, as it fails. If the disk is the fault, the exit code has to tell it alone."""
+def failed(code: int, kind: str, what: str, bad: str = "") -> None:
+    """Any rank, as it fails. `bad`: the node at fault, if it is one's alone. If the disk is the
+    fault, the exit code has to tell it alone."""
     marks = here()
     if marks is None:
         return
     rank = int(os.environ.get("RANK", 0))
     try:
         marks.fail(Failure(code, kind, rank, socket.gethostname(), what))
+        if bad:
+            marks.avoid(bad)
     except OSError as e:
         print(f"writing {marks.path('failure')}: {e}", file=sys.stderr)

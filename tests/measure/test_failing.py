@@ -1,0 +1,47 @@
+"""A failure as it is told: a broken device is its node's fault, a lost peer nobody's."""
+
+import pytest
+import torch
+
+from tests.prepared import small_run
+from titans_pretrain.config import parse_config
+from titans_pretrain.errors import LostPeerError, NodeError
+from titans_pretrain.measure.failing import Failing
+
+ASYNC = "\nCUDA kernel errors might be asynchronously reported at some other API call."
+
+
+@pytest.fixture
+def failing(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "tn7")
+    return Failing(parse_config(small_run(tmp_path / "run", tmp_path), "test"))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: uncorrectable ECC error encountered",
+        "CUDA error: uncorrectable NVLink error detected during the execution",
+        "CUDA error: CUDA-capable device(s) is/are busy or unavailable",
+        "CUDA error: unknown error",
+    ],
+)
+def test_a_broken_device_names_its_node(failing, said):
+    with pytest.raises(NodeError) as caught, failing:
+        raise torch.AcceleratorError(said + ASYNC)
+    assert caught.value.node == "tn7"
+    assert caught.value.value == f"rank 0, cuda of tn7: {said}"
+
+
+@pytest.mark.parametrize(
+    "said", ["CUDA error: an illegal memory access was encountered", "CUDA error: invalid argument"]
+)
+def test_a_program_at_fault_stays_what_it_is(failing, said):
+    with pytest.raises(torch.AcceleratorError), failing:
+        raise torch.AcceleratorError(said + ASYNC)
+
+
+def test_a_lost_peer_names_nobody(failing):
+    with pytest.raises(LostPeerError) as caught, failing:
+        raise RuntimeError("Connection closed by peer [10.0.0.2]:4242")
+    assert caught.value.node == ""
