@@ -19,7 +19,6 @@ from typing import Any
 from tests import torture
 from tests.prepared import small_dataset, small_run
 from tests.slurm.cluster import Cluster, Job
-from titans_pretrain.launch.render import seconds
 
 STEPS, EVERY = 120, 20  # of a run; between two checkpoints
 WATCHDOG = {"start_minutes": 3, "step_minutes": 0.5, "silent_seconds": 15.0}
@@ -60,6 +59,7 @@ class Fault:
     changes: dict[str, Any] = field(default_factory=dict)
     site: dict[str, Any] = field(default_factory=dict)
     small: bool = False  # the run folder lies on the small disk
+    again: bool = False  # a later life, too, if the machine is slow
     by_hand: bool = False  # too long for every test run
     elsewhere: bool = False  # the next life runs without the node that `act` returns
 
@@ -99,8 +99,8 @@ def strike(cluster: Cluster, fault: Fault, job: Job) -> Told:
             assert f"n{made}" not in job.nodes, job.story()
         fault.undo(cluster, made)
         assert job.until_ended() == fault.state, job.story()
-        assert len(job.restarts) == 1, job.story()
-        assert job.restarts[0].reason in fault.reason.split("|"), job.story()
+        assert len(job.restarts) == 1 or (job.restarts and fault.again), job.story()
+        assert all(r.reason in fault.reason.split("|") for r in job.restarts), job.story()
         return Told(noticed, back, reached - saved, said(fault, job))
 
 
@@ -201,14 +201,11 @@ def fill_disk(cluster: Cluster, job: Job) -> Path:
 
 def reach_time_limit(cluster: Cluster, job: Job) -> None:
     """Slurm's signal, a minute before the limit of two, finds the ranks where they are: stopped
-    until then, which spares the machine."""
-    ranks = [job.rank_pid(rank) for rank in range(2)]
-    for node, pid in ranks:
+    until then, which spares the machine. (Slurm lets stopped processes go on as it signals them.)"""
+    for rank in range(2):
+        node, pid = job.rank_pid(rank)
         cluster("on", node, "kill", "-STOP", pid)
-    left = ("squeue", "-h", "-j", job.number, "-o", "%L")
-    job.until("Slurm signals", lambda: seconds(job.slurm(*left).strip()) < 55, 100)
-    for node, pid in ranks:
-        cluster("on", node, "kill", "-CONT", pid)
+    job.until("Slurm signals", lambda: "on request" in job.log, 100)
 
 
 def all_idle(cluster: Cluster, seconds: float = 60.0, but: int = 0) -> None:
@@ -241,6 +238,7 @@ FAULTS = {
         loses=0,
         reads=("again: asked",),
         site={"time": "2", "stop_ahead": 60},
+        again=True,
     ),
     "requeue": Fault(
         "`scontrol requeue`, preemption",
