@@ -201,7 +201,7 @@ def fill_disk(cluster: Cluster, job: Job) -> Path:
 
 def reach_time_limit(cluster: Cluster, job: Job) -> None:
     """Slurm's signal, a minute before the limit of two, finds the ranks where they are: stopped
-    until then, which spares the machine. (Slurm lets stopped processes go on as it signals them.)"""
+    until then, which spares the machine. Slurm lets what is stopped go on as it signals."""
     for rank in range(2):
         node, pid = job.rank_pid(rank)
         cluster("on", node, "kill", "-STOP", pid)
