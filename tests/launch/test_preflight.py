@@ -85,6 +85,16 @@ def _edges_fail(what: str, *groups: tuple[str, ...], **how):
     return change
 
 
+def _one_fails(node: str, error: str, what: str = "pair"):
+    def change(found):
+        for (name, _), finding in found.items():
+            for edge in finding["network"]:
+                if name == node and edge["what"] == what:
+                    edge["error"] = error
+
+    return change
+
+
 def _both(*changes):
     def change(found):
         for each in changes:
@@ -212,6 +222,20 @@ JUDGED = {
     "the pair of two nodes fails": (
         _edges_fail("pair", ("tn1", "tn2")),
         *(("tn1", "tn2"), "", "tn1 and tn2: no answer", "network on all 2 nodes"),
+    ),
+    "the pair of two nodes fails, one by itself": (
+        _both(
+            _one_fails("tn2", "RuntimeError: Unable to find address"),
+            _one_fails("tn1", "DistStoreError: wait timeout after 16000ms"),
+        ),
+        *(("tn1", "tn2"), "tn2", "tn2: tn1 and tn2: RuntimeError: Unable to find address", ""),
+    ),
+    "all together fail, one by itself": (
+        _both(
+            _edges_fail("all", NODES, error="RuntimeError: Connection closed by peer"),
+            _one_fails("tn3", "RuntimeError: 5 of 9 sums are wrong on rank 4", "all"),
+        ),
+        *(NODES, "tn3", "all nodes together: RuntimeError: 5 of 9 sums", ""),
     ),
     "of three nodes one is cut off": (
         _edges_fail("pair", ("tn1", "tn2"), ("tn2", "tn3")),

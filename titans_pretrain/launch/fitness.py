@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 LATE = 5.0  # seconds that a rank may be behind another at the end of a check
 GPU_FREE = 0.8  # of a GPU's memory, before anything of the run is there
 _SHARED = ("run folder",)  # kinds that are not the only node's fault
+# What a rank says that has only waited for another.
+_WAITED = ("timed out", "timeout", "by peer", "refused", "remote process exited")
 
 
 class Bounds(NamedTuple):
@@ -283,19 +285,26 @@ class Edge(NamedTuple):
     nodes: tuple[str, ...]
     gb_per_s: float
     error: str
+    blamed: tuple[str, ...] = ()  # of the nodes, if it failed: those that did not only wait
 
 
 def edges(by_node: Mapping[str, Sequence[Finding]], what: str) -> dict[tuple[str, ...], Edge]:
     """Of kind `what`: node (its own ranks), pair, or all."""
-    found: dict[tuple[str, ...], Edge] = {}
-    for told in (e for fs in by_node.values() for f in fs for e in f.get("network", ())):
-        if told["what"] == what:
-            nodes = tuple(told["nodes"])
-            one = Edge(nodes, told.get("gb_per_s", 0.0), told.get("error", ""))
-            before = found.get(nodes, one)
-            rate = min(before.gb_per_s, one.gb_per_s)
-            found[nodes] = Edge(nodes, rate, before.error or one.error)
-    return found
+    told: dict[tuple[str, ...], list[tuple[str, float, str]]] = {}
+    for node, found in by_node.items():
+        for one in (e for f in found for e in f.get("network", ()) if e["what"] == what):
+            rank = (node, one.get("gb_per_s", 0.0), one.get("error", ""))
+            told.setdefault(tuple(one["nodes"]), []).append(rank)
+    return {nodes: _edge(nodes, ranks) for nodes, ranks in told.items()}
+
+
+def _edge(nodes: tuple[str, ...], ranks: Sequence[tuple[str, float, str]]) -> Edge:
+    rate = min(rate for _, rate, _ in ranks)
+    errors = [(node, error) for node, _, error in ranks if error]
+    own = [(node, e) for node, e in errors if not any(w in e.lower() for w in _WAITED)]
+    blamed = tuple(node for node in nodes if node in dict(own)) or nodes
+    _, first = next(iter(own or errors), ("", ""))
+    return Edge(nodes, rate, first, blamed)
 
 
 def _network(
@@ -329,14 +338,16 @@ def _network(
             yield problem(node, f"its own ranks: {alone.error}")
             continue
         mine = [nodes for nodes in pairs if node in nodes]
-        if mine and all(nodes in faulty for nodes in mine):
+        if mine and all(nodes in faulty and node in pairs[nodes].blamed for nodes in mine):
             named.add(node)
             yield problem(node, "; ".join(faulty[nodes] for nodes in mine))
     together = [edge for edge in edges(by_node, "all").values() if edge.error]
     if not together or named or known:
         return
-    # All together fail, and no node fails in all of its pairs: those of a pair that fails, since
-    # nothing tells which of the two; else nobody can be named.
-    suspects = [node for node in by_node if any(node in nodes for nodes in faulty)] or by_node
+    # All together fail, and no node fails in all of its pairs: those that did not only wait; else
+    # both of a pair that fails, since nothing tells which of the two; else nobody can be named.
+    blamed = together[0].blamed
+    in_pair = [node for node in by_node if any(node in nodes for nodes in faulty)]
+    suspects = blamed if len(blamed) < len(together[0].nodes) else in_pair or list(by_node)
     for node in suspects:
         yield problem(node, f"all nodes together: {together[0].error}")
