@@ -35,6 +35,8 @@ from titans_pretrain.step import Progressed, StepReport
 
 logger = logging.getLogger("titans_pretrain.watch")
 
+SKIPPED = "events/divergence"  # tag of what was passed by
+
 
 class Watch:
     """Rank 0's records of a run. The other ranks keep time and, where they hold parts of the model
@@ -75,6 +77,7 @@ class Watch:
             self._lookers = Group.join(world, lambda place: place.data == 0)
         self._folder = folder
         self._texts: Mapping[str, str] = {}
+        self._starts: Callable[[int], str] = lambda step: ""
         self._open_files = leaving.enter_context(contextlib.ExitStack())
         if world.rank == 0:
             self._open(start, tokens)
@@ -94,11 +97,21 @@ class Watch:
         self._progress = Progress(self.config.train.steps, start, tokens)
         self._recorded = start
 
-    def begin(self, texts: Mapping[str, str], how: str) -> None:
-        """Introduces this life in TensorBoard: layout, descriptions, `how` it came to begin."""
+    def begin(self, texts: Mapping[str, str], starts: Callable[[int], str]) -> None:
+        """Introduces this life in TensorBoard: layout, descriptions, and how it came to begin.
+
+        Args:
+            starts: tells of this and all former starts of the run that went on from a step, or a
+                later one: those that TensorBoard hides when the run goes on from there.
+        """
+        self._texts, self._starts = texts, starts
+        self._introduce(self._start)
+
+    def _introduce(self, step: int) -> None:
+        """To a reader of what is recorded after `step`."""
         if self._metrics is not None:
-            self._texts = {**texts, "events/start": how}
-            self._metrics.introduce(board.layout(self.config), self._texts)
+            texts = {**self._texts, "events/start": self._starts(step)}
+            self._metrics.introduce(board.layout(self.config), texts)
 
     def diverged(self, at: Progressed, told: str) -> NodeError | None:
         """The run goes on from `at`, perhaps some steps back, after a step that diverged. A disk
@@ -110,8 +123,10 @@ class Watch:
             if at.step < self._reached:
                 self._open(at.step, at.tokens)
                 if at.step <= self._start:  # else the introduction lies before what is hidden now
-                    self._metrics.introduce(board.layout(self.config), self._texts)
-            self._metrics.event(at.step + 1, at.tokens, "events/divergence", told)
+                    self._introduce(at.step)
+                for text in self._metrics.cut_events(SKIPPED):  # what was skipped stays skipped
+                    self._metrics.event(at.step + 1, at.tokens, SKIPPED, text)
+            self._metrics.event(at.step + 1, at.tokens, SKIPPED, told)
         except NodeError as e:
             return e
         finally:
