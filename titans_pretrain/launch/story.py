@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED
 from titans_pretrain.launch.slurm import jobs_of
@@ -42,6 +41,7 @@ class Life:
     words: str = ""  # what is known of it
     avoided: tuple[str, ...] = ()  # nodes
     code: int | None = None  # exit code, if it left in order
+    restarted: bool = False  # the job script has noted that another life follows
 
     @property
     def name(self) -> str:
@@ -125,6 +125,7 @@ def _life(
         words=words,
         avoided=restart.nodes if restart is not None else (),
         code=code,
+        restarted=restart is not None,
     )
 
 
@@ -155,6 +156,7 @@ def _without_ranks(run: Path, restart: Restart) -> Life:
         reason=reason,
         words=words,
         avoided=restart.nodes,
+        restarted=True,
     )
 
 
@@ -198,5 +200,10 @@ def _seconds(when: str, form: str = "%Y-%m-%dT%H:%M:%SZ") -> float | None:
         return None
 
 
-def as_json(life: Life) -> dict[str, Any]:
-    return {**life.__dict__, "hosts": list(life.hosts), "avoided": list(life.avoided)}
+def preflight(marks: Marks | None) -> str:
+    """What the preflight of this life's nodes told, as Markdown; "" without one. Raises OSError."""
+    path = marks.path("preflight") / "table.txt" if marks is not None else None
+    if path is None or not path.exists():
+        return ""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return "\n".join(f"    {line}" for line in lines)

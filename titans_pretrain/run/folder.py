@@ -22,6 +22,8 @@ from titans_pretrain.errors import ConfigError
 from titans_pretrain.run.files import atomic_write, storage_error
 from titans_pretrain.run.lock import RunLock
 
+CHECKPOINT_FORMAT = 1  # of state.json and what it goes with
+
 
 class RunFolder:
     """Paths of one run. Any rank may hold one; only rank 0 takes the lock and writes the files
