@@ -26,6 +26,7 @@ from titans_pretrain.feed import fetch, open_stream, with_vocabulary
 from titans_pretrain.launch import story
 from titans_pretrain.measure.failing import Failing
 from titans_pretrain.measure.profile import Profile, check_profile
+from titans_pretrain.measure.straggler import Stragglers
 from titans_pretrain.model.counts import parameter_count
 from titans_pretrain.parallel.layout import plan_layout
 from titans_pretrain.parallel.world import World, start_world, world_size
@@ -97,12 +98,15 @@ def run_training(
         last = min(config.train.steps, at.step + stop_after if stop_after else math.inf)
         profile = Profile(config, home.folder.path, world, step.stages, at.step + 1, int(last))
         leaving.callback(profile.close)
+        stragglers = Stragglers(config.log.straggler, world)
+        leaving.callback(stragglers.close)
         saved_time = time.monotonic()
         batches = world.agree(lambda: stream.batches(at.data, at.step + 1))
         leaving.callback(lambda: batches.close())
         stopping = False
         while at.step < last and not stopping:
             profile.reach(at.step + 1)
+            stragglers.begin(at.step + 1)
             began = time.perf_counter()
             micro_batches, data = fetch(world, batches, stream, at.data)
             watchdog.fed(micro_batches)
@@ -116,6 +120,7 @@ def run_training(
                 batches.close()
                 batches = world.agree(partial(stream.batches, at.data, at.step + 1))
                 continue
+            stragglers.end()
             divergence.learnt_from(report.loss)
             took = time.perf_counter() - began
             at = Progressed(at.step + 1, at.tokens + report.tokens, data)
@@ -127,7 +132,13 @@ def run_training(
             with phase("watch"):
                 trouble = watch.record(at, report, took, waited, step.whole_model) or saver.poll()
             asked = stop.requested or (world.rank == 0 and home.folder.stop.exists())
-            stopping, timed = agree_to_go_on(world, trouble, asked, bool(timed))
+            stopping, timed, own = agree_to_go_on(
+                world, trouble, asked, bool(timed), stragglers.own(at.step)
+            )
+            if own:
+                watch.slowest, slow = stragglers.judge(own)
+                for told in slow:
+                    world.raise_any(watch.straggling(at, told))
             leave = stopping or at.step >= last
             if leave or timed or due(at.step, config.checkpoint.every_steps, 0):
                 at = replace(at, data=stream.complete(at.data, world.gather_by_data))
@@ -279,15 +290,16 @@ def versions() -> dict[str, str]:
 
 
 def agree_to_go_on(
-    world: World, trouble: TitansError | None, stop: bool, timed: bool
-) -> tuple[bool, bool]:
-    """(stop, save) as all ranks see it; raises on every rank what trouble any has met."""
-    troubled, stop_any, timed_first = world.max(
-        [float(trouble is not None), float(stop), float(timed and world.rank == 0)]
+    world: World, trouble: TitansError | None, stop: bool, timed: bool, also: Sequence[float] = ()
+) -> tuple[bool, bool, list[float]]:
+    """(stop, save, the largest of each of `also`) as all ranks see it; raises on every rank what
+    trouble any has met."""
+    troubled, stop_any, timed_first, *largest = world.max(
+        [float(trouble is not None), float(stop), float(timed and world.rank == 0), *also]
     )
     if troubled:
         world.raise_any(trouble)
-    return bool(stop_any), bool(timed_first)
+    return bool(stop_any), bool(timed_first), largest
 
 
 @phase("validation")

@@ -61,6 +61,8 @@ class Watch:
     ) -> None:
         self.config, self.world, self._data_progress = config, world, progress
         self.stalled = 0.0  # seconds since the last record in which a save held training up
+        # The slowest rank's own time over the median, where ranks were looked at since the record.
+        self.slowest: float | None = None
         self._behind = 0.0  # seconds that checkpoints complete since then took behind training
         self._spent = 0.0  # seconds of watching since the last record
         self._recorded = start  # the last step with a record
@@ -138,6 +140,17 @@ class Watch:
         self._behind += saved.behind
         self._event(saved.step, "events/checkpoint", str(saved))
 
+    def straggling(self, at: Progressed, told: str) -> NodeError | None:
+        """A rank has become slow. A disk that refuses is returned, for all ranks to agree on."""
+        if self._metrics is None:
+            return None
+        logger.warning("%s", told)
+        try:
+            self._metrics.event(at.step, at.tokens, "events/straggler", told)
+        except NodeError as e:
+            return e
+        return None
+
     def stopping(self, step: int, reason: str) -> None:
         """The run leaves before its end."""
         self._event(step, "events/stop", f"saved at step {step:,} on request: {reason}")
@@ -202,6 +215,7 @@ class Watch:
         if step % log.every == 0 or last or at.validation_loss is not None or self._seen:
             values = self._values(at, report, seconds, waited)
             self.stalled = self._behind = self._spent = 0.0
+            self.slowest = None
             self._recorded = step
             metrics.write(step, at.tokens, values, images=self._pictures(at))
             self._seen = None
@@ -237,6 +251,8 @@ class Watch:
             "time/watch_s": self._spent / max(1, at.step - self._recorded),
             "machine/resident_gib": self._process.memory_info().rss / 2**30,
         }
+        if self.slowest is not None:
+            values["speed/slowest_over_median"] = self.slowest
         if self.config.train.z_loss:
             values["train/z_loss"] = report.z_loss
         if self.config.train.ramp is not None:

@@ -40,7 +40,7 @@ def board_command(args: argparse.Namespace) -> int:
     print(f"http://localhost:{args.port}/#custom_scalars")
     print(
         f"from another machine: ssh -N -L {args.port}:localhost:{args.port} "
-        f"{getpass.getuser()}@{socket.getfqdn()}",
+        f"{getpass.getuser()}@{socket.gethostname()}",
         flush=True,
     )
     options = [*where, "--port", str(args.port), "--samples_per_plugin", KEPT]
