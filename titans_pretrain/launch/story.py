@@ -103,7 +103,8 @@ def _life(
     failure = Marks(run, job, queued).failure() if job else None
     ended, last, code = mine.get("ended"), mine.get("step"), mine.get("code")
     if later is not None:
-        ended, last = ended or later.get("seen"), last if last is not None else later.get("reached")
+        seen = max(later.get("seen") or 0.0, mine.get("began") or 0.0) or None
+        ended, last = ended or seen, last if last is not None else later.get("reached")
     reason, words = _end(restart, failure, code, mine.get("why", ""))
     if not reason:
         until = later["began"] if later is not None else None

@@ -48,7 +48,8 @@ class LifeRecord:
         """`facts`: host, ranks, layout."""
         mine = marks.here()
         of_slurm = {} if mine is None else {"job": mine.job, "queued": mine.life}
-        former = {"reached": self._reached(), "seen": self._seen}
+        reached, recorded = self._reached()
+        former = {"reached": reached, "seen": max(self._seen or 0.0, recorded) or None}
         self._note({"began": time.time(), "pid": os.getpid(), **facts, **of_slurm, **former})
 
     def go_on(self, step: int, source: str, hosts: Sequence[str]) -> None:
@@ -75,16 +76,18 @@ class LifeRecord:
         said = error.value if isinstance(error, TitansError) else str(error)
         why = f"{type(error).__name__}: {said}"
         try:
-            self.end(self._reached(), code, why)
+            self.end(self._reached()[0], code, why)
         except TitansError as e:  # the disk may be the fault: what failed first is what counts
             _log.warning("%s", e.value)
 
-    def _reached(self) -> int:
+    def _reached(self) -> tuple[int, float]:
+        """The last step on record, and when that was (Unix time)."""
         try:
             records, _ = read_tail(self._metrics)
         except OSError as e:
             raise storage_error(e, f"reading {self._metrics}") from e
-        return max((r["step"] for r in records), default=0)
+        last = records[-1] if records else {}
+        return last.get("step", 0), last.get("time", 0.0)
 
     def _note(self, facts: Facts) -> None:
         line = json.dumps({"life": self._life, **facts}, ensure_ascii=False)
