@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from titans_pretrain.launch.runs import Found, Row, ago, pace, read_tree
+from titans_pretrain.launch.runs import Found, Row, ago, pace, read_tree, short
 from titans_pretrain.launch.story import Life, reports
 from titans_pretrain.run.console import duration
 from titans_pretrain.run.folder import CHECKPOINT_FORMAT, RunFolder
@@ -162,9 +162,8 @@ def _life(found: Found, life: Life) -> Iterator[str]:
         )
     ended = _at(life.ended) if life.ended else "now" if _is_last(found, life) else "?"
     yield f"{life.name}: {_at(life.began)} to {ended}{where}{job}{steps}"
-    how = life.how.splitlines()
-    if how:
-        yield f"  {how[0]}"
+    if life.how:
+        yield f"  {short(life.how, 300)}"
 
 
 def _is_last(found: Found, life: Life) -> bool:

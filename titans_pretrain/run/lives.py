@@ -31,6 +31,7 @@ from titans_pretrain.run.lines import read_lines, read_tail
 _log = logging.getLogger(__name__)
 
 Facts = dict[str, Any]
+MOST = 400  # letters of what ended a life; all of it is in the log
 
 
 class LifeRecord:
@@ -74,7 +75,7 @@ class LifeRecord:
             return
         code = error.exit_code if isinstance(error, TitansError) else EXIT_OTHER
         said = error.value if isinstance(error, TitansError) else str(error)
-        why = f"{type(error).__name__}: {said}"
+        why = f"{type(error).__name__}: {said}"[:MOST]
         try:
             self.end(self._reached()[0], code, why)
         except TitansError as e:  # the disk may be the fault: what failed first is what counts
