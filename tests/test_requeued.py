@@ -1,6 +1,13 @@
 """A run through four lives of one job, as TensorBoard and a reader of its folder find it."""
 
+import contextlib
+import json
 import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +20,7 @@ from tests.worlds import run_world
 from titans_pretrain.config import parse_config
 from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED
 from titans_pretrain.launch import verdict
+from titans_pretrain.launch.local import free_port
 from titans_pretrain.launch.story import read_story
 from titans_pretrain.run.marks import JOB, RUN, Marks
 
@@ -105,3 +113,45 @@ def test_the_story_has_all_lives(run: Path) -> None:
     assert [x.queued for x in lives] == [0, 1, 2, 3]
     times = [t for x in lives for t in (x.began, x.ended)]
     assert times == sorted(times)
+
+
+@pytest.fixture
+def board(run: Path) -> Iterator[Callable[[str], Any]]:
+    """What the started TensorBoard answers."""
+    port = free_port()
+    command = [sys.executable, "-m", "titans_pretrain", "board", str(run), "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def ask(path: str) -> Any:
+        with urllib.request.urlopen(f"http://localhost:{port}/data/{path}", timeout=10) as answer:
+            return json.loads(answer.read())
+
+    try:
+        yield ask
+    finally:
+        process.kill()
+        process.wait()
+
+
+def until(ask: Callable[[str], Any], path: str, there: Callable[[Any], bool]) -> Any:
+    """It reads its files after it has begun to answer."""
+    end = time.monotonic() + 90
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            if there(found := ask(path)):
+                return found
+        time.sleep(0.2)
+    raise AssertionError(f"{path}: no answer")
+
+
+def test_tensorboard_itself_shows_one_curve(board: Callable[[str], Any]) -> None:
+    """As `titans-pretrain board` starts it."""
+    runs = until(board, "runs", lambda found: len(found) == 2)
+    assert sorted(runs) == ["run/.", "run/by_tokens"]
+    query = "plugin/scalars/scalars?run=run/.&tag=train/loss"
+    points = until(board, query, lambda found: len(found) >= STEPS)
+    assert [step for _, step, _ in points] == list(range(1, STEPS + 1))
+    texts = board("plugin/text/text?run=run/.&tag=events/start")
+    assert [text["step"] for text in texts] == [0, 5]
+    assert texts[1]["text"].count("<li>life ") == 3
+    assert "without tn3 from then on" in texts[1]["text"]
