@@ -16,10 +16,11 @@ from tests.prepared import small_dataset, small_run, write_config
 from tests.worlds import run_world
 from titans_pretrain import cli
 from titans_pretrain.config import parse_config
-from titans_pretrain.errors import EXIT_CONFIG, EXIT_DONE, EXIT_SAVED
+from titans_pretrain.errors import EXIT_CONFIG, EXIT_DONE, EXIT_SAVED, DataError
 from titans_pretrain.launch.runs import ago, pace
 from titans_pretrain.launch.story import read_story, starts_after
 from titans_pretrain.run.lines import read_tail
+from titans_pretrain.run.lives import LifeRecord, read_lives
 from titans_pretrain.run.lock import Claim
 
 NOW = time.time()
@@ -455,6 +456,27 @@ def test_no_torch(tmp_path):
         [sys.executable, "-c", code, "runs", str(tmp_path / "a")], capture_output=True, text=True
     )
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_an_error_that_ends_a_life_is_noted(tmp_path):
+    jsonl(tmp_path / "metrics.jsonl", [record(7, NOW)])
+    path = tmp_path / "lives.jsonl"
+    error = DataError("a bad shard", "rule", "remedy")
+    with (
+        pytest.raises(DataError),
+        LifeRecord(path, tmp_path / "metrics.jsonl", 2, NOW - 5) as life,
+    ):
+        life.begin(host="tn1", ranks=4, layout="data 4")
+        life.go_on(5, "step-00000005", ["tn1", "tn2", "tn1"])
+        raise error
+    [facts] = read_lives(path)
+    assert (facts["reached"], facts["seen"], facts["from"]) == (7, NOW, 5)
+    assert facts["hosts"] == ["tn1", "tn2"]
+    assert (facts["step"], facts["code"], facts["why"]) == (7, 3, "DataError: a bad shard")
+    with LifeRecord(path, tmp_path / "metrics.jsonl", 3, None) as life:
+        life.begin(host="tn1", ranks=4, layout="data 4")
+        life.end(9, 0, "done")
+    assert [f.get("why") for f in read_lives(path)] == ["DataError: a bad shard", "done"]
 
 
 def train(tree: dict, stop_after: int | None = None) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,38 @@ def test_where_none_is_slow_none_is_named(data: Path, tmp_path: Path) -> None:
     ratios = [r["values"].get("speed/slowest_over_median") for r in records]
     assert [r is not None for r in ratios] == [False, False, *[True, False] * 3, True]
     assert all(r >= 1 for r in ratios if r)
+
+
+def where_it_waits() -> str:
+    """The collective in which rank 0 waits for rank 1, as a thread beside it sees it."""
+    import torch
+    import torch.distributed as dist
+
+    from titans_pretrain.measure.stopwatch import Stopwatch
+    from titans_pretrain.measure.straggler import _telling_waits
+    from titans_pretrain.run.hang_report import main_thread_waits_in
+
+    dist.init_process_group("gloo")
+    seen: list[str] = []
+    dist.barrier()
+
+    def look() -> None:
+        while not (found := main_thread_waits_in()):
+            time.sleep(0.01)
+        seen.append(found)
+
+    if dist.get_rank() == 1:
+        time.sleep(1.0)
+    else:
+        threading.Thread(target=look).start()
+    with _telling_waits(Stopwatch(torch.device("cpu"))):
+        dist.all_reduce(torch.ones(1))
+    dist.destroy_process_group()
+    return seen[0] if seen else ""
+
+
+def test_a_report_of_a_hang_names_the_collective_all_the_same() -> None:
+    assert run_world(where_it_waits, 2) == ["all_reduce", ""]
 
 
 def test_looking_changes_no_number(data: Path, tmp_path: Path) -> None:

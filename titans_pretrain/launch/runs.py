@@ -39,6 +39,8 @@ from titans_pretrain.run.lock import Holder, look
 
 DEEP = 5  # folders below one another in which runs are looked for
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where there is one
+
 Told = Callable[[str], None]
 
 
@@ -150,7 +152,7 @@ def read_run(folder: Path, now: float, damaged: Told) -> Found:
 def read_tree(config: Path, damaged: Told) -> dict[str, Any]:
     """A configuration as it stands, not judged: it may be of another version. Raises OSError."""
     try:
-        tree = yaml.load(config.read_text(encoding="utf-8"), yaml.CSafeLoader)
+        tree = yaml.load(config.read_text(encoding="utf-8"), _LOADER)
     except (yaml.YAMLError, UnicodeDecodeError):
         tree = None
     except FileNotFoundError:

@@ -15,6 +15,7 @@ from pathlib import Path
 from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED
 from titans_pretrain.launch.slurm import jobs_of
 from titans_pretrain.launch.verdict import Restart, read_history
+from titans_pretrain.run.files import storage_error
 from titans_pretrain.run.folder import RunFolder
 from titans_pretrain.run.lives import Facts, read_lives
 from titans_pretrain.run.marks import Failure, Marks
@@ -72,8 +73,12 @@ def read_story(run: Path, damaged: Callable[[str], None] | None = None) -> list[
 def starts_after(run: Path, step: int) -> str:
     """Markdown: every start of the run that went on from `step` or a later one, and how the life
     before it ended. A run that goes on from `step` so tells again what its curves no longer show:
-    each start once. Raises OSError."""
-    lives, told = read_story(run), []
+    each start once. Raises NodeError."""
+    try:
+        lives = read_story(run)
+    except OSError as e:
+        raise storage_error(e, f"reading the story of {run}") from e
+    told: list[str] = []
     idle: list[str] = []  # starts without ranks; the next one with ranks tells them
     for i, life in enumerate(lives):
         idle.append(_start(life, lives[i - 1] if i else None))
@@ -107,7 +112,7 @@ def _life(
         ended, last = ended or seen, last if last is not None else later.get("reached")
     reason, words = _end(restart, failure, code, mine.get("why", ""))
     if not reason:
-        until = later["began"] if later is not None else None
+        until = later.get("began") if later is not None else None
         words = _report(run, mine.get("began", 0.0), until)
         reason = "hang" if words else LOST if later is not None else ""
     return Life(

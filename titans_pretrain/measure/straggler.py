@@ -178,14 +178,14 @@ def _telling_waits(watch: Stopwatch) -> Iterator[None]:
             for name in names:
                 original = vars(owner).get(name)  # torch versions differ in what they have
                 if original is not None:
-                    setattr(owner, name, _told(original, watch))
+                    setattr(owner, name, _timed(original, watch))
                     undo.callback(setattr, owner, name, original)
         yield
 
 
-def _told(original: Callable[..., Any], watch: Stopwatch) -> Callable[..., Any]:
+def _timed(original: Callable[..., Any], watch: Stopwatch) -> Callable[..., Any]:
     @functools.wraps(original)
-    def told(*args: Any, **kwargs: Any) -> Any:
+    def timed(*args: Any, **kwargs: Any) -> Any:
         if _beside():
             return original(*args, **kwargs)
         watch.began(_WAIT)
@@ -194,7 +194,7 @@ def _told(original: Callable[..., Any], watch: Stopwatch) -> Callable[..., Any]:
         finally:
             watch.ended(_WAIT)
 
-    return told
+    return timed
 
 
 def _beside() -> bool:
