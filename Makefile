@@ -69,9 +69,9 @@ bench: environment
 	$(BIN)/titans-pretrain bench step configs/demo.yaml
 	$(BIN)/titans-pretrain bench save configs/demo.yaml
 
-# TensorBoard on all runs beside RUN; opens best at /#custom_scalars. Keeps every picture and text.
+# TensorBoard on all runs beside RUN.
 board: environment
-	$(BIN)/tensorboard --logdir $(dir $(RUN)) --samples_per_plugin images=200,text=1000 $(ARGS)
+	$(BIN)/titans-pretrain board $(dir $(RUN)) $(ARGS)
 
 # Checks and times a machine with CUDA GPUs, in eight minutes; leaves runs/gpu-check/report.md. Where
 # there is no .venv and python3 has a torch that sees a GPU, it is taken as it is, whatever its

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -120,7 +121,7 @@ def test_a_run_passes_by_what_is_poisoned_and_resumes_bitwise(
     assert [step for step, *_ in expected] == list(range(1, STEPS + 1))
     assert all(math.isfinite(loss) and loss < 20 for _, loss, *_ in expected)
     assert state_at(tmp_path / "whole", STEPS)["data"]["skips"] == SKIPPED[on]
-    assert len(events(tmp_path / "whole")) == (2 if on == "skip" else 1)
+    assert len(events(tmp_path / "whole")) == 2
 
     # Stopped on the way to the first of them, and after it; on request, so at odd steps.
     parts = tree_of(tmp_path / "parts", data, on)
@@ -166,11 +167,13 @@ def test_what_is_passed_by_might_as_well_never_have_been(
     assert [e.value for e in board.Scalars("data/skipped")][-1] == sum(
         b - a for a, b in SKIPPED[on]
     )
+    # As TensorBoard itself reads them, which hides what was told of steps that are done again: a
+    # second rewind tells of the first once more.
+    shown = plugin_event_accumulator.EventAccumulator(str(found / "tensorboard")).Reload()
     told = [
-        (e.step, e.tensor_proto.string_val[0].decode()) for e in board.Tensors("events/divergence")
+        (e.step, e.tensor_proto.string_val[0].decode()) for e in shown.Tensors("events/divergence")
     ]
-    # A rewind cuts the records back, its own kind's too; TensorBoard keeps texts all the same.
-    assert told[-1] == events(found)[-1] and len(told) == 2
+    assert told == events(found) and len(told) == 2
     if on == "rewind":
         step, text = told[-1]
         assert step == 9 and text.startswith("step 11: loss 63.")

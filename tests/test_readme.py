@@ -64,6 +64,9 @@ RUN = {
     "titans-pretrain bench wave": "--ranks 2 --layers 2 --micro-batches 1",
     "titans-pretrain bench save": f"--saves 1 {SMALL_MODEL}",
     "titans-pretrain bench data": "--help",  # its own test runs it: it judges the machine's speed
+    "titans-pretrain runs": "",
+    "titans-pretrain runs --watch": "--help",  # has no end
+    "titans-pretrain board": "--help",  # nor has this; its own test starts it
     "titans-pretrain submit": "--dry-run",  # the real one: slurm/README.md
     "titans-pretrain stop": "--help",
     "titans-pretrain gpu-check": "--help",  # minutes, and held by its own test
@@ -199,7 +202,7 @@ def test_every_command_runs_as_written(copy: Path):
 
 
 def test_options_named_alone_exist():
-    asked = ("", "train", "compare", "verify", "submit")
+    asked = ("", "train", "compare", "verify", "submit", "runs")
     usage = "; ".join(f"titans-pretrain {command} --help" for command in asked)
     usage = shell(usage, ROOT).stdout
     assert options(README) - {"--index-url"} <= set(re.findall(r"--[a-z-]+", usage))  # pip's

@@ -152,7 +152,10 @@ def test_texts_tell_what_runs_and_what_happened(run: tuple[RunConfig, RunFolder]
     starts = texts(folder, "events/start")
     assert [step for step, _ in starts] == [0, 4]
     assert starts[0][1].startswith("life 1 from scratch")
-    assert re.search(r"life 2 from `.*step-00000003`. life 1 on .* ended in order", starts[1][1])
+    again = (
+        r"life 2 from `.*/step-00000003` on \S+\. life 1 ended at step 5: saved on request: --st"
+    )
+    assert re.match(again, starts[1][1])
     saves = texts(folder, "events/checkpoint")
     assert [step for step, _ in saves] == [3, 6, 8]
     for step, text in saves:

@@ -25,6 +25,8 @@ _ELSEWHERE = {
     "prepare": ("text to token shards", "titans_pretrain.data.prepare_command"),
     "tokenizer": ("train, inspect or import a tokenizer", "titans_pretrain.data.tokenizer_command"),
     "submit": ("submit a run to Slurm", "titans_pretrain.launch.submit_command"),
+    "runs": ("list runs and their states", "titans_pretrain.launch.runs_command"),
+    "board": ("start TensorBoard on runs", "titans_pretrain.launch.board_command"),
     "stop": ("save a run and end it for good", "titans_pretrain.launch.stop_command"),
     "generate": ("write text with a trained model", "titans_pretrain.evaluate.generate_command"),
     "verify": ("check a layout against one plain process", "titans_pretrain.verify"),

@@ -7,7 +7,7 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -23,8 +23,10 @@ from titans_pretrain.describe import describe_run
 from titans_pretrain.divergence import Divergence
 from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED, DivergedError, TitansError
 from titans_pretrain.feed import fetch, open_stream, with_vocabulary
+from titans_pretrain.launch import story
 from titans_pretrain.measure.failing import Failing
 from titans_pretrain.measure.profile import Profile, check_profile
+from titans_pretrain.measure.straggler import Stragglers
 from titans_pretrain.model.counts import parameter_count
 from titans_pretrain.parallel.layout import plan_layout
 from titans_pretrain.parallel.world import World, start_world, world_size
@@ -34,6 +36,7 @@ from titans_pretrain.run import checkpoint, marks
 from titans_pretrain.run.console import open_log
 from titans_pretrain.run.files import storage_error
 from titans_pretrain.run.folder import RunFolder
+from titans_pretrain.run.lives import LifeRecord
 from titans_pretrain.run.lock import newest_claim
 from titans_pretrain.run.saver import Saver
 from titans_pretrain.run.signals import stop_request
@@ -95,12 +98,15 @@ def run_training(
         last = min(config.train.steps, at.step + stop_after if stop_after else math.inf)
         profile = Profile(config, home.folder.path, world, step.stages, at.step + 1, int(last))
         leaving.callback(profile.close)
+        stragglers = Stragglers(config.log.straggler, world)
+        leaving.callback(stragglers.close)
         saved_time = time.monotonic()
         batches = world.agree(lambda: stream.batches(at.data, at.step + 1))
         leaving.callback(lambda: batches.close())
         stopping = False
         while at.step < last and not stopping:
             profile.reach(at.step + 1)
+            stragglers.begin(at.step + 1)
             began = time.perf_counter()
             micro_batches, data = fetch(world, batches, stream, at.data)
             watchdog.fed(micro_batches)
@@ -114,6 +120,7 @@ def run_training(
                 batches.close()
                 batches = world.agree(partial(stream.batches, at.data, at.step + 1))
                 continue
+            stragglers.end()
             divergence.learnt_from(report.loss)
             took = time.perf_counter() - began
             at = Progressed(at.step + 1, at.tokens + report.tokens, data)
@@ -125,7 +132,13 @@ def run_training(
             with phase("watch"):
                 trouble = watch.record(at, report, took, waited, step.whole_model) or saver.poll()
             asked = stop.requested or (world.rank == 0 and home.folder.stop.exists())
-            stopping, timed = agree_to_go_on(world, trouble, asked, bool(timed))
+            stopping, timed, own = agree_to_go_on(
+                world, trouble, asked, bool(timed), stragglers.own(at.step)
+            )
+            if own:
+                watch.slowest, slow = stragglers.judge(own)
+                for told in slow:
+                    world.raise_any(watch.straggling(at, told))
             leave = stopping or at.step >= last
             if leave or timed or due(at.step, config.checkpoint.every_steps, 0):
                 at = replace(at, data=stream.complete(at.data, world.gather_by_data))
@@ -138,9 +151,11 @@ def run_training(
             reason = str(home.folder.stop) if home.folder.stop.exists() else reason
             log.info("saved at step %d on request (%s); to be continued", at.step, reason)
             world.agree(lambda: watch.stopping(at.step, reason))
+            world.agree(lambda: home.left(at.step, EXIT_SAVED, f"saved on request: {reason}"))
             world.only_first(mark_saved)  # all have saved, and none has left
             return EXIT_SAVED
         log.info("done: %d steps, %s tokens", at.step, f"{at.tokens:,}")
+        world.agree(lambda: home.left(at.step, EXIT_DONE, "done"))
         return EXIT_DONE
 
 
@@ -168,30 +183,41 @@ class Home:
 
     folder: RunFolder
     life: int
-    former: str  # how the life before this one ended
     require_mine: Callable[[], None]  # raises, on rank 0, if a newer life holds the folder
+    record: LifeRecord | None  # of rank 0
+
+    def went_on(self, step: int, source: str, hosts: Sequence[str]) -> None:
+        """Notes what this life goes on from, and where. Raises NodeError."""
+        if self.record is not None:
+            self.record.go_on(step, source, hosts)
+
+    def left(self, step: int, code: int, why: str) -> None:
+        """Notes how this life ends, in order. Raises NodeError."""
+        if self.record is not None:
+            self.record.end(step, code, why)
 
 
 def take_folder(config: RunConfig, world: World, leaving: contextlib.ExitStack) -> Home:
     """Collective. Rank 0 locks the run folder for this life; each rank opens its log."""
     folder = RunFolder(config.folder)
     require_mine: Callable[[], None] = _nothing
+    record: LifeRecord | None = None
 
-    def take() -> tuple[int, str]:
-        nonlocal require_mine
-        former = ""
-        if claim := newest_claim(folder.path):
-            end = "ended in order" if claim.released else "was killed or lost its node"
-            former = f"life {claim.life} on {claim.host} {end}"
+    def take() -> int:
+        nonlocal require_mine, record
+        former = newest_claim(folder.path)
         lock = leaving.enter_context(folder.take(patience=marks.patience()))
         require_mine = lock.require_mine
+        seen = former.heartbeat if former is not None else None
+        record = leaving.enter_context(LifeRecord(folder.lives, folder.metrics, lock.life, seen))
+        record.begin(host=world.host, ranks=world.size, layout=world.layout.describe())
         folder.write_config(dump_config(config))
         checkpoint.clean(folder.checkpoints)
-        return lock.life, former
+        return lock.life
 
-    life, former = world.only_first(take)
+    life = world.only_first(take)
     world.agree(lambda: open_log(folder, world.rank) and None)
-    return Home(folder, life, former, require_mine)
+    return Home(folder, life, require_mine, record)
 
 
 def _nothing() -> None:
@@ -264,15 +290,16 @@ def versions() -> dict[str, str]:
 
 
 def agree_to_go_on(
-    world: World, trouble: TitansError | None, stop: bool, timed: bool
-) -> tuple[bool, bool]:
-    """(stop, save) as all ranks see it; raises on every rank what trouble any has met."""
-    troubled, stop_any, timed_first = world.max(
-        [float(trouble is not None), float(stop), float(timed and world.rank == 0)]
+    world: World, trouble: TitansError | None, stop: bool, timed: bool, also: Sequence[float] = ()
+) -> tuple[bool, bool, list[float]]:
+    """(stop, save, the largest of each of `also`) as all ranks see it; raises on every rank what
+    trouble any has met."""
+    troubled, stop_any, timed_first, *largest = world.max(
+        [float(trouble is not None), float(stop), float(timed and world.rank == 0), *also]
     )
     if troubled:
         world.raise_any(trouble)
-    return bool(stop_any), bool(timed_first)
+    return bool(stop_any), bool(timed_first), largest
 
 
 @phase("validation")
@@ -352,9 +379,12 @@ def announce(
         step.layout.micro_batches,
     )
     source = checkpoint.folder_of(home.folder.checkpoints, at.step) if at.step else init_from
-    how = f"life {home.life} from {f'`{source}`' if source else 'scratch'}. {home.former}"
+    hosts = world.gather_objects(world.host)
+    world.agree(lambda: home.went_on(at.step, str(source or ""), hosts))
     texts = describe_run(config, world, stream.manifests, versions())
-    world.agree(lambda: watch.begin(texts, how))
+    if found := story.preflight(marks.here()):
+        texts["events/preflight"] = found
+    world.agree(lambda: watch.begin(texts, partial(story.starts_after, home.folder.path)))
     ramp = config.train.ramp
     if ramp is not None and at.step < ramp.steps:
         log.info("fewer tokens at first: %d rows, growing over %d steps", ramp.start, ramp.steps)

@@ -35,6 +35,8 @@ from titans_pretrain.step import Progressed, StepReport
 
 logger = logging.getLogger("titans_pretrain.watch")
 
+SKIPPED = "events/divergence"  # tag of what was passed by
+
 
 class Watch:
     """Rank 0's records of a run. The other ranks keep time and, where they hold parts of the model
@@ -59,6 +61,8 @@ class Watch:
     ) -> None:
         self.config, self.world, self._data_progress = config, world, progress
         self.stalled = 0.0  # seconds since the last record in which a save held training up
+        # The slowest rank's own time over the median, where ranks were looked at since the record.
+        self.slowest: float | None = None
         self._behind = 0.0  # seconds that checkpoints complete since then took behind training
         self._spent = 0.0  # seconds of watching since the last record
         self._recorded = start  # the last step with a record
@@ -75,6 +79,7 @@ class Watch:
             self._lookers = Group.join(world, lambda place: place.data == 0)
         self._folder = folder
         self._texts: Mapping[str, str] = {}
+        self._starts: Callable[[int], str] = lambda step: ""
         self._open_files = leaving.enter_context(contextlib.ExitStack())
         if world.rank == 0:
             self._open(start, tokens)
@@ -94,11 +99,21 @@ class Watch:
         self._progress = Progress(self.config.train.steps, start, tokens)
         self._recorded = start
 
-    def begin(self, texts: Mapping[str, str], how: str) -> None:
-        """Introduces this life in TensorBoard: layout, descriptions, `how` it came to begin."""
+    def begin(self, texts: Mapping[str, str], starts: Callable[[int], str]) -> None:
+        """Introduces this life in TensorBoard: layout, descriptions, and how it came to begin.
+
+        Args:
+            starts: tells of this and all former starts of the run that went on from a step, or a
+                later one: those that TensorBoard hides when the run goes on from there.
+        """
+        self._texts, self._starts = texts, starts
+        self._introduce(self._start)
+
+    def _introduce(self, step: int) -> None:
+        """To a reader of what is recorded after `step`."""
         if self._metrics is not None:
-            self._texts = {**texts, "events/start": how}
-            self._metrics.introduce(board.layout(self.config), self._texts)
+            texts = {**self._texts, "events/start": self._starts(step)}
+            self._metrics.introduce(board.layout(self.config), texts)
 
     def diverged(self, at: Progressed, told: str) -> NodeError | None:
         """The run goes on from `at`, perhaps some steps back, after a step that diverged. A disk
@@ -110,8 +125,10 @@ class Watch:
             if at.step < self._reached:
                 self._open(at.step, at.tokens)
                 if at.step <= self._start:  # else the introduction lies before what is hidden now
-                    self._metrics.introduce(board.layout(self.config), self._texts)
-            self._metrics.event(at.step + 1, at.tokens, "events/divergence", told)
+                    self._introduce(at.step)
+                for text in self._metrics.cut_events(SKIPPED):  # what was skipped stays skipped
+                    self._metrics.event(at.step + 1, at.tokens, SKIPPED, text)
+            self._metrics.event(at.step + 1, at.tokens, SKIPPED, told)
         except NodeError as e:
             return e
         finally:
@@ -122,6 +139,17 @@ class Watch:
         """A checkpoint is complete. Told at its own step, which a resumed run does not repeat."""
         self._behind += saved.behind
         self._event(saved.step, "events/checkpoint", str(saved))
+
+    def straggling(self, at: Progressed, told: str) -> NodeError | None:
+        """A rank has become slow. A disk that refuses is returned, for all ranks to agree on."""
+        if self._metrics is None:
+            return None
+        logger.warning("%s", told)
+        try:
+            self._metrics.event(at.step, at.tokens, "events/straggler", told)
+        except NodeError as e:
+            return e
+        return None
 
     def stopping(self, step: int, reason: str) -> None:
         """The run leaves before its end."""
@@ -187,6 +215,7 @@ class Watch:
         if step % log.every == 0 or last or at.validation_loss is not None or self._seen:
             values = self._values(at, report, seconds, waited)
             self.stalled = self._behind = self._spent = 0.0
+            self.slowest = None
             self._recorded = step
             metrics.write(step, at.tokens, values, images=self._pictures(at))
             self._seen = None
@@ -222,6 +251,8 @@ class Watch:
             "time/watch_s": self._spent / max(1, at.step - self._recorded),
             "machine/resident_gib": self._process.memory_info().rss / 2**30,
         }
+        if self.slowest is not None:
+            values["speed/slowest_over_median"] = self.slowest
         if self.config.train.z_loss:
             values["train/z_loss"] = report.z_loss
         if self.config.train.ramp is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,18 @@ def test_the_demo_is_bitwise_the_uninterrupted_one(cluster, data, tmp_path):
 def test_stop_saves_and_ends_it_for_good(cluster, data, tmp_path):
     job = cluster.submit(tree(tmp_path / "run", data, train__steps=5000))
     job.until_life(0)
-    said = cluster.titans("stop", job.run)
+    job.until("a step", lambda: job.step > 0, 60)
+    said = cluster.titans("runs", tmp_path / "run", "--json")
+    assert said.returncode == 0, said.stdout + said.stderr
+    [row] = json.loads(said.stdout)
+    assert row["state"] == "running" and row["why"].endswith(f", job {job.number}")
+    said = cluster.titans("stop", tmp_path / "run")
     assert f"job {job.number} was RUNNING: told to save" in said.stdout, said.stderr
     assert job.until_ended() == "COMPLETED", job.story()
     assert job.saved == job.step > 0
     assert job.restarts == []
+    [row] = json.loads(cluster.titans("runs", tmp_path / "run", "--json").stdout)
+    assert (row["state"], row["checkpoint"]) == ("stopped", job.saved)
     again = cluster.titans("submit", tmp_path / "config.yaml", "--nodes", 2)
     assert again.returncode == 2
 

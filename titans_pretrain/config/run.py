@@ -127,12 +127,21 @@ class SampleConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95  # draw among the likeliest, so much in all
 
 
+class StragglerConfig(Section):
+    """A rank that holds the others up is named: in the log, metrics.jsonl and TensorBoard."""
+
+    every: NonNegative = 20  # steps between two looks at each rank's own time; 0: never
+    factor: Annotated[float, Field(gt=1)] = 1.5  # over the median of the ranks with equal work
+    looks: Positive = 3  # in a row
+
+
 class LogConfig(Section):
     every: Positive = 1  # steps between metric records
     console_every: Positive = 10  # steps between console lines
     memory_every: NonNegative = 50  # steps between the memory's panels; 0: never
     tensorboard: bool = True
     sample: SampleConfig = SampleConfig()
+    straggler: StragglerConfig = StragglerConfig()
 
 
 class ProfileConfig(Section):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from titans_pretrain.errors import ConfigError
 
@@ -14,8 +15,9 @@ def have(command: str) -> bool:
     return shutil.which(command) is not None
 
 
-def call(command: Sequence[str]) -> str:
-    """What `command` prints. Raises ConfigError with its own words if it refuses."""
+def call(command: Sequence[str], seconds: float | None = None) -> str:
+    """What `command` prints. Raises ConfigError with its own words if it refuses, or if it takes
+    longer than so many seconds."""
     if not have(command[0]):
         raise ConfigError(
             f"no {command[0]} on this machine",
@@ -23,7 +25,14 @@ def call(command: Sequence[str]) -> str:
             "log in to one, or load Slurm's module; `submit --dry-run` works without, and so does "
             "`train --ranks N` on one machine",
         )
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+    except subprocess.TimeoutExpired as e:
+        raise ConfigError(
+            f"{command[0]} said nothing for {seconds:g} s",
+            "Slurm's controller answers",
+            "try again; if it stays silent, ask the cluster's administrator",
+        ) from e
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip()).replace("\n", "\n    ")
         raise ConfigError(
@@ -43,6 +52,30 @@ def state(job: str) -> str:
         if "Invalid job id" in e.value:  # ended long ago
             return ""
         raise
+
+
+class Queued(NamedTuple):
+    """A job that has not ended."""
+
+    job: str
+    state: str  # e.g. RUNNING
+    reason: str  # why it waits, or None
+    nodes: str  # e.g. tn[1-2]; "": none yet
+
+
+def queue(jobs: Sequence[str], seconds: float = 10.0) -> dict[str, Queued]:
+    """What Slurm says of these jobs, asked once; those that have ended are left out. Raises
+    ConfigError if it is not there, refuses, or says nothing for so many seconds."""
+    form = "%A|%T|%r|%N"
+    command = ["squeue", "--noheader", f"--jobs={','.join(jobs)}", f"--format={form}"]
+    try:
+        said = call(command, seconds)
+    except ConfigError as e:
+        if "Invalid job id" in e.value:  # all of them ended long ago
+            return {}
+        raise
+    rows = [line.split("|") for line in said.splitlines()]
+    return {row[0]: Queued(*row) for row in rows if len(row) == 4}
 
 
 def jobs_of(run: Path) -> list[str]:

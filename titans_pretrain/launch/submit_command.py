@@ -185,7 +185,7 @@ def _commands(run: Path, job: str) -> dict[str, str]:
     at = shlex.quote(str(run))
     return {
         "watch": f"tail -F {at}/logs/job-{job}.out",
-        "": f"squeue --jobs={job}; tensorboard --logdir {at}/tensorboard",
+        "": f"titans-pretrain runs show {at}; titans-pretrain board {at}",
         "stop": f"titans-pretrain stop {at}",
     }
 

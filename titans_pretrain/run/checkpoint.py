@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from titans_pretrain.errors import ConfigError, DataError, NodeError, TitansError
 from titans_pretrain.parallel.layout import Fragment
 from titans_pretrain.run import dcp
+from titans_pretrain.run.folder import CHECKPOINT_FORMAT as FORMAT
 
 if TYPE_CHECKING:
     from titans_pretrain.config import CheckpointConfig
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("titans_pretrain.checkpoint")
 
-FORMAT = 1
 T = TypeVar("T")
 
 

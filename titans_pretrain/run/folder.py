@@ -3,6 +3,7 @@
 config.yaml           the resolved configuration of the latest life
 lock.000007           the claim of life 7 (see lock.py)
 metrics.jsonl         one record a line
+lives.jsonl           when and where each start of the run began and ended (see lives.py)
 memory.jsonl          the memories' figures, head by head
 samples.jsonl         text generated at validations
 stop                  the run is to save and end for good (titans-pretrain stop)
@@ -21,6 +22,8 @@ from titans_pretrain.errors import ConfigError
 from titans_pretrain.run.files import atomic_write, storage_error
 from titans_pretrain.run.lock import RunLock
 
+CHECKPOINT_FORMAT = 1  # of state.json and what it goes with
+
 
 class RunFolder:
     """Paths of one run. Any rank may hold one; only rank 0 takes the lock and writes the files
@@ -32,6 +35,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.memory = self.path / "memory.jsonl"
         self.samples = self.path / "samples.jsonl"
+        self.lives = self.path / "lives.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.logs = self.path / "logs"

@@ -178,6 +178,37 @@ class RunLock:
             temporary.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class Holder:
+    """The newest claim on a folder, as somebody sees it who only reads."""
+
+    life: int
+    claim: Claim | None  # None: unreadable
+    age: float  # seconds since its last sign of life, by this machine's clock
+    alive: bool  # as far as can be told from here
+
+    @property
+    def released(self) -> bool:
+        return self.claim is not None and self.claim.released
+
+
+def look(folder: Path, now: float, bound: float = 120.0) -> Holder | None:
+    """Who holds the folder; None if nobody ever has. Writes nothing, so that ages are right only as
+    far as clocks agree; `now`: Unix time. Raises OSError."""
+    life = max(_claims(folder), default=0)
+    if not life:
+        return None
+    try:
+        claim = _load(_path(folder, life))
+        age = max(0.0, now - _path(folder, life).stat().st_mtime)
+    except FileNotFoundError:
+        return look(folder, now, bound)  # cleared by a newer life
+    lives = _lives_here(claim) if claim is not None else None
+    alive = age <= bound if lives is None else lives
+    released = claim is not None and claim.released
+    return Holder(life, claim, age, alive and not released)
+
+
 def newest_claim(folder: Path) -> Claim | None:
     """The claim with the highest number, for a reader; None if there is none to read."""
     try:

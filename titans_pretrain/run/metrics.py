@@ -3,10 +3,11 @@
 A line of metrics.jsonl is `{"step": int, "tokens": int, "time": Unix seconds, "values": {...}}`;
 `tokens` counts the training tokens up to that step. (A value that is not finite is written as
 Python's NaN or Infinity.) An event on the way to a step is a line with "event", what happened in
-words, in the place of "values". TensorBoard shows each value by step under its own name, and those
-of training and validation by tokens too, as `by_tokens/<name>` in the run `by_tokens`: a folder of
-its own, because TensorBoard drops what a resumed run repeats by step number, and there a step is a
-token count. Texts, pictures and the layout of its custom scalars go to TensorBoard alone.
+words, and "tag", its tag in TensorBoard, in the place of "values". TensorBoard shows each value by
+step under its own name, and those of training and validation by tokens too, as `by_tokens/<name>`
+in the run `by_tokens`: a folder of its own, because TensorBoard drops what a resumed run repeats by
+step number, and there a step is a token count. Texts, pictures and the layout of its custom scalars
+go to TensorBoard alone.
 
 Rank 0 alone holds a `Metrics`. After each `write` a kill -9 loses nothing that was written.
 """
@@ -90,9 +91,14 @@ class Metrics:
 
     def event(self, step: int, tokens: int, tag: str, text: str) -> None:
         """Records what happened on the way to `step` (Markdown), here and in TensorBoard."""
-        told = {"step": step, "tokens": tokens, "time": time.time(), "event": text}
-        self._records.append(told)
+        what = {"tag": tag, "event": text}
+        self._records.append({"step": step, "tokens": tokens, "time": time.time(), **what})
         self.tell(step, {tag: text})
+
+    def cut_events(self, tag: str) -> list[str]:
+        """The texts of the events of this tag that an earlier `Metrics` recorded about steps after
+        `start_step`."""
+        return [r["event"] for r in self._records.cut if r.get("tag") == tag]
 
     def _add_texts(self, step: int, texts: Mapping[str, str]) -> None:
         from torch.utils.tensorboard.summary import text as as_summary
