@@ -48,6 +48,6 @@ def state(job: str) -> str:
 def jobs_of(run: Path) -> list[str]:
     """Ids of the jobs that were submitted for a run, or have begun, the oldest first."""
     jobs = run / "jobs"
-    ids = {path.read_text(encoding="utf-8").strip() for path in jobs.glob("*/id")}
+    ids = {i for path in jobs.glob("*/id") for i in path.read_text(encoding="utf-8").split()}
     ids |= {path.name.split(".")[1] for path in jobs.glob("begun.*.*")}
     return sorted(ids, key=lambda i: (len(i), i))

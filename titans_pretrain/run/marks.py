@@ -9,6 +9,7 @@ started   a rank has begun                                 (rank 0)
 saved     a checkpoint was saved on request                (rank 0, before any rank leaves)
 failure   the first failure, as JSON                       (the rank that was first)
 bad       nodes to avoid from now on, one a line           (whoever finds one)
+ended     exit code and reason, if the job does not go on  (the job script)
 
 Without TITANS_RUN and TITANS_JOB in the environment (a run without a job script) nothing is
 written. As launch/verdict.py it runs on any Python from 3.8 on, and imports only what does.

@@ -1,0 +1,54 @@
+"""What lies on a disk that the nodes of a job might not share: a warning, since nothing is sure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+MOUNTS = Path("/proc/self/mountinfo")
+IN_MEMORY = ("tmpfs", "ramfs", "overlay")  # of this machine, or of the container around
+ONE_MACHINE = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "vfat", "ntfs3")
+
+
+class Mount(NamedTuple):
+    point: Path
+    kind: str  # e.g. ext4, nfs4, lustre
+
+
+def warnings(paths: Mapping[str, Path], nodes: int) -> Iterator[str]:
+    """A line for each path (by what it is) that is not here, or that other nodes might not see."""
+    mounts = read_mounts()
+    for what, path in paths.items():
+        there = next(p for p in (path, *path.parents) if p.exists())
+        if what != "run folder" and there != path:
+            yield f"{what} {path}: not there, seen from this machine"
+            continue
+        mount = mount_of(there, mounts)
+        if nodes > 1 and mount is not None and mount.kind in IN_MEMORY + ONE_MACHINE:
+            own = "never shared" if mount.kind in IN_MEMORY else "shared only if exported"
+            yield (
+                f"{what} {path}: on {mount.point} ({mount.kind}, {own}); all {nodes} nodes have "
+                "to see it"
+            )
+
+
+def mount_of(path: Path, mounts: list[Mount]) -> Mount | None:
+    """Where `path` is mounted; None where that cannot be known."""
+    real = path.resolve()
+    found = [m for m in mounts if m.point == real or m.point in real.parents]
+    # Of two on one point the later covers the earlier.
+    return max(reversed(found), key=lambda m: len(m.point.parts), default=None)
+
+
+def read_mounts(table: Path = MOUNTS) -> list[Mount]:
+    """Linux's table of mounts; none elsewhere."""
+    if not table.exists():
+        return []
+    found = []
+    for line in table.read_text(encoding="utf-8").splitlines():
+        before, _, after = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), before.split()[4])
+        found.append(Mount(Path(point), after.split()[0]))
+    return found
