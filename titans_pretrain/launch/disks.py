@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+RUN = "run folder"
 MOUNTS = Path("/proc/self/mountinfo")
 IN_MEMORY = ("tmpfs", "ramfs", "overlay")  # of this machine, or of the container around
 ONE_MACHINE = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "vfat", "ntfs3")
@@ -18,20 +19,24 @@ class Mount(NamedTuple):
 
 
 def warnings(paths: Mapping[str, Path], nodes: int) -> Iterator[str]:
-    """A line for each path (by what it is) that is not here, or that other nodes might not see."""
+    """A line for each path (by what it is) that is not here, and one for each disk that nodes other
+    than this machine might not see."""
     mounts = read_mounts()
+    doubtful: dict[Mount, list[str]] = {}
     for what, path in paths.items():
         there = next(p for p in (path, *path.parents) if p.exists())
-        if what != "run folder" and there != path:
-            yield f"{what} {path}: not there, seen from this machine"
+        if what != RUN and there != path:
+            yield f"{what} {path} is not there, seen from this machine"
             continue
         mount = mount_of(there, mounts)
-        if nodes > 1 and mount is not None and mount.kind in IN_MEMORY + ONE_MACHINE:
-            own = "never shared" if mount.kind in IN_MEMORY else "shared only if exported"
-            yield (
-                f"{what} {path}: on {mount.point} ({mount.kind}, {own}); all {nodes} nodes have "
-                "to see it"
-            )
+        if mount is not None and mount.kind in IN_MEMORY + ONE_MACHINE:
+            doubtful.setdefault(mount, []).append(f"{what} {path}")
+    for mount, those in doubtful.items() if nodes > 1 else ():
+        how = "never shared" if mount.kind in IN_MEMORY else "shared only if exported"
+        yield (
+            f"all {nodes} nodes have to see what lies on {mount.point} of this machine "
+            f"({mount.kind}, {how}): {', '.join(those)}"
+        )
 
 
 def mount_of(path: Path, mounts: list[Mount]) -> Mount | None:

@@ -149,58 +149,66 @@ def _tell(
     ids: Sequence[Sequence[str]],
 ) -> None:
     """Prints what was submitted, or would be."""
-    first = runs[0]
-    dry = "none: a dry run, nothing is written"
-    job = first.job
+    job, run_folder = runs[0].job, runs[0].folder.path
     ranks = job.nodes * job.gpus_per_node
-    facts = {"ranks": f"{job.nodes} nodes x {job.gpus_per_node} GPUs = {ranks}, {first.layout}"}
+    what = "none: a dry run, nothing is written" if args.dry_run else ", ".join(ids[0])
+    facts = {"job": f"{what} ({job.name})"}
     if args.array:
-        print(f"{'job':<{len(dry) if args.dry_run else 12}} run")
-        for number, run in enumerate(runs):
-            what = dry if args.dry_run else " ".join(ids[number])
-            print(f"{what:<12} {run.folder.path} ({run.job.name})")
-        facts["folder"] = f"of each: jobs/{job.frozen.name} (script, config, code), logs"
-        facts["code"] = code.describe()
-    else:
-        what = dry if args.dry_run else ", ".join(ids[0])
-        facts = {"job": f"{what} ({job.name})"} | facts
-        facts["folder"] = str(job.run)
+        how = " (a dry run, nothing is written)" if args.dry_run else ""
+        facts = {"runs": f"{len(runs)} in {run_folder.parent}{how}"}
+    facts["ranks"] = f"{job.nodes} nodes x {job.gpus_per_node} GPUs = {ranks}, {runs[0].layout}"
+    if not args.array:
+        facts["folder"] = str(run_folder)
         facts["script"] = str(job.frozen / SCRIPT)
         facts["config"] = str(job.frozen / "config.yaml")
-        facts["code"] = f"{job.frozen / 'code'}: {code.describe()}"
+    facts["code"] = code.describe()
     facts["lives"] = _lives(args, site)
     ran = [i for jobs in ids for i in jobs] or ["JOB"]
     for key, value in (facts | _commands(runs, ran)).items():
         print(f"{key:<8} {value}")
-    for run in runs:
-        for line in run.changed:
-            print(f"changed  {line}")
-    for line in dict.fromkeys(w for run in runs for w in _warnings(run)):
+    for line in (line for run in runs for line in run.changed):
+        print(f"changed  {line}")
+    for line in disks.warnings(_paths(runs), job.nodes):
         print(f"warning  {line}")
+    if args.array:
+        _table(runs, ids)
     if args.dry_run:
         for run in runs:
             print(f"\n--- {run.job.frozen / 'config.yaml'}\n{dump_config(run.config)}", end="")
-        print(f"\n--- {job.frozen / SCRIPT}\n{first.script}", end="")
+        print(f"\n--- {job.frozen / SCRIPT}\n{runs[0].script}", end="")
 
 
 def _lives(args: argparse.Namespace, site: SiteConfig) -> str:
     """How a run gets beyond the time limit of one job."""
     limit = args.time or site.time or "the partition's time limit"
     if args.chain is not None:
-        return f"a chain of {args.chain} jobs of {limit}, one after the other"
+        return f"a chain of {args.chain} jobs of up to {limit}, one after the other"
     if not site.requeue:
-        return f"one job of {limit}: the site forbids requeue; --chain N submits N"
-    return f"each {limit}: the job queues itself again until the run is done"
+        return f"one job of up to {limit}: the site forbids requeue; --chain N submits N"
+    return f"each up to {limit}: the job queues itself again until the run is done"
 
 
-def _warnings(run: Run) -> Iterator[str]:
-    paths = {"run folder": run.folder.path, "python": Path(run.job.python)}
-    data = run.config.data
-    for kind, sets in (("data", data.sources), ("validation", data.validation)):
-        paths |= {
-            f"{kind} {n}": Path(s.path).absolute() for n, s in sets.items() if "://" not in s.path
-        }
-    yield from disks.warnings(paths, run.job.nodes)
+def _paths(runs: Sequence[Run]) -> dict[str, Path]:
+    """What all nodes of the jobs have to see."""
+    folder = runs[0].folder.path
+    paths = {disks.RUN: folder.parent if runs[0].member.name else folder}
+    paths["python"] = Path(runs[0].job.python)
+    for data in (run.config.data for run in runs):
+        for kind, sets in (("data", data.sources), ("validation", data.validation)):
+            local = {n: Path(s.path).absolute() for n, s in sets.items() if "://" not in s.path}
+            paths |= {f"{kind} {name}": path for name, path in local.items()}
+    return paths
+
+
+def _table(runs: Sequence[Run], ids: Sequence[Sequence[str]]) -> None:
+    rows = [("jobs", "name", "folder")]
+    for number, run in enumerate(runs):
+        jobs = " ".join(ids[number]) if ids else "-"
+        rows.append((jobs, run.job.name, run.member.name))
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    print()
+    for row in rows:
+        print(f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}")
 
 
 def _layout(config: RunConfig, nodes: int, gpus: int) -> str:
