@@ -90,7 +90,8 @@ def test_the_verdict(name):
 def test_a_given_up_job_says_how_often_and_why():
     words = decide(Facts(143, 5, failure=HANG), restarts("hang", 5, 5, 5)).words
     assert words == (
-        "rank 3 on tn2: E: why; given up: restarted 3 times for it without a checkpoint after 5"
+        "rank 3 on tn2: E: why; see logs/rank-00003.err; given up: restarted 3 times for it "
+        "without a checkpoint after 5"
     )
 
 

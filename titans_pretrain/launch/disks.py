@@ -19,8 +19,8 @@ class Mount(NamedTuple):
 
 
 def warnings(paths: Mapping[str, Path], nodes: int) -> Iterator[str]:
-    """A line for each path (by what it is) that is not here, and one for each disk that nodes other
-    than this machine might not see."""
+    """A line for each path (by what it is) that is not here, and one for each disk that nodes might
+    not see as this machine does."""
     mounts = read_mounts()
     doubtful: dict[Mount, list[str]] = {}
     for what, path in paths.items():
@@ -31,11 +31,12 @@ def warnings(paths: Mapping[str, Path], nodes: int) -> Iterator[str]:
         mount = mount_of(there, mounts)
         if mount is not None and mount.kind in IN_MEMORY + ONE_MACHINE:
             doubtful.setdefault(mount, []).append(f"{what} {path}")
-    for mount, those in doubtful.items() if nodes > 1 else ():
+    for mount, those in doubtful.items():
         how = "never shared" if mount.kind in IN_MEMORY else "shared only if exported"
+        who = f"all {nodes} nodes have" if nodes > 1 else "the node has"
         yield (
-            f"all {nodes} nodes have to see what lies on {mount.point} of this machine "
-            f"({mount.kind}, {how}): {', '.join(those)}"
+            f"{who} to see what lies on {mount.point} of this machine ({mount.kind}, {how}): "
+            f"{', '.join(those)}"
         )
 
 

@@ -82,7 +82,8 @@ def decide(facts: Facts, history: Sequence[Restart]) -> Verdict:
         words = f"does not answer: {', '.join(f.dead)}"
         return _within(f, history, NODE, f.code, words, f.dead, do="stay")
     if failure is not None:
-        words = f"rank {failure.rank} on {failure.host}: {failure.kind}: {failure.what}"
+        words = f"rank {failure.rank} on {failure.host}: {failure.kind}: {failure.what}; "
+        words += f"see logs/rank-{max(0, failure.rank):05d}.err"
         if failure.code == EXIT_HANG:
             return _within(f, history, "hang", EXIT_HANG, words)
         if failure.code == EXIT_NODE:
