@@ -45,11 +45,11 @@ submission=/shared/runs/titans-1.3b/jobs/0001 requeue=yes
 srun_options=()
 wrap=()
 wait_seconds=60 avoid=
+local_disk="/scratch/$USER/$SLURM_JOB_ID"
 export NCCL_SOCKET_IFNAME=ib0
 export GLOO_SOCKET_IFNAME=ib0
 export NCCL_IB_HCA=mlx5
 export NCCL_DEBUG=WARN
-export TMPDIR="/scratch/$USER/$SLURM_JOB_ID"
 setup() {
   module purge
   module load cuda/12.8 nccl

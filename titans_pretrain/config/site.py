@@ -36,7 +36,7 @@ class SiteConfig(Section):
     shell_python: str = "python3"  # of the batch shell, outside of any container: 3.8 or later
     setup: list[str] = Field(default=[])  # lines of shell before the ranks, e.g. "module load cuda"
     env: dict[str, str] = Field(default={})  # for the ranks, e.g. NCCL_SOCKET_IFNAME
-    local_disk: str | None = None  # a folder on each node's own disk, for caches: TMPDIR
+    local_disk: str | None = None  # a folder on each node's own disk: TMPDIR of the ranks
     template: str | None = None  # job script; default: slurm/pretrain.sbatch
 
     @field_validator("sbatch", "srun")

@@ -91,10 +91,9 @@ def settings(job: Job, site: SiteConfig) -> list[str]:
         f"wrap=({' '.join(map(quote, site.wrap))})",
         f"wait_seconds={site.wait} avoid={quote(','.join(site.exclude)) if site.exclude else ''}",
     ]
+    # Double quotes: $SLURM_JOB_ID in it is the job's.
+    lines.append(f'local_disk="{site.local_disk}"' if site.local_disk else "local_disk=")
     lines += [f"export {name}={quote(value)}" for name, value in env.items()]
-    if site.local_disk:
-        # Double quotes: $SLURM_JOB_ID in it is the job's.
-        lines.append(f'export TMPDIR="{site.local_disk}"')
     setup = [f"  {line}" for line in site.setup]
     return [*lines, *(["setup() {", *setup, "}"] if setup else ["setup() { :; }"])]
 
