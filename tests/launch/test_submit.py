@@ -249,7 +249,7 @@ def test_a_submitted_run_and_a_second_one(here, capsys, accepted):
     assert out.startswith("job      17 (titans-1.3b)\n")
     run = here / "runs" / "titans-1.3b"
     frozen = run / "jobs" / "0001"
-    assert calls[-1] == ["sbatch", "--parsable", str(frozen / "pretrain.sbatch")]
+    assert calls[-2] == ["sbatch", "--parsable", str(frozen / "pretrain.sbatch")]
     assert {p.name for p in frozen.iterdir()} >= {"code", "config.yaml", "env.txt", "id"}
     assert yaml.safe_load((frozen / "config.yaml").read_text())["optim"]["lr"] == 7e-4
     assert slurm.jobs_of(run) == ["17"]

@@ -39,6 +39,16 @@ class SiteConfig(Section):
     local_disk: str | None = None  # a folder on each node's own disk: TMPDIR of the ranks
     template: str | None = None  # job script; default: slurm/pretrain.sbatch
 
+    @field_validator("time", mode="before")
+    @classmethod
+    def _quoted(cls, value: object) -> object:
+        if isinstance(value, int):
+            raise ValueError(
+                f"time={value}; YAML takes 24:00:00 for a number, of seconds; quote it: "
+                'time: "24:00:00"'
+            )
+        return value
+
     @field_validator("sbatch", "srun")
     @classmethod
     def _options(cls, value: list[str]) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,6 +45,29 @@ def state(job: str) -> str:
         if "Invalid job id" in e.value:  # ended long ago
             return ""
         raise
+
+
+# Why a job is pending that Slurm accepted and will not start as it is.
+_NEVER = re.compile(
+    r"Invalid|PartitionConfig|BadConstraints|NodeLimit|TimeLimit|MaxWallDuration|NotAllowed"
+)
+
+
+def never_starts(jobs: Sequence[str], wait: float = 2.0) -> dict[str, str]:
+    """Those of `jobs` that pend for a reason that does not pass, and the reason, e.g.
+    PartitionTimeLimit. Slurm finds it soon after the submission: `wait` seconds at most. None if
+    Slurm does not answer."""
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            said = call(["squeue", "--noheader", f"--jobs={','.join(jobs)}", "--format=%i|%r"])
+        except ConfigError:  # the jobs are submitted all the same
+            return {}
+        reasons = dict(line.split("|") for line in said.split() if "|" in line)
+        undecided = set(reasons.values()) & {"None", "JobHeldUser", "PartitionConfig"}
+        if not undecided or time.monotonic() > deadline:
+            return {job: why for job, why in reasons.items() if _NEVER.search(why)}
+        time.sleep(0.2)
 
 
 def jobs_of(run: Path) -> list[str]:

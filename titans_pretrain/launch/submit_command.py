@@ -170,6 +170,9 @@ def _tell(
         print(f"changed  {line}")
     for line in disks.warnings(_paths(runs), job.nodes):
         print(f"warning  {line}")
+    if ids:
+        for number, why in slurm.never_starts([jobs[0] for jobs in ids]).items():
+            print(f"warning  Slurm does not start job {number} as it is: {why}; scancel {number}")
     if args.array:
         _table(runs, ids)
     if args.dry_run:

@@ -94,7 +94,7 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _name(chosen: Sequence[str]) -> str:
-    name = "_".join(re.sub(r"[^A-Za-z0-9.+=-]+", "-", text).strip("-") for text in chosen)
+    name = "_".join(re.sub(r"[^A-Za-z0-9._+=-]+", "-", text).strip("-") for text in chosen)
     if len(name) > _LONGEST:
         raise ConfigError(
             f"--array: a run named {name}",
