@@ -48,12 +48,12 @@ def mount_of(path: Path, mounts: list[Mount]) -> Mount | None:
     return max(reversed(found), key=lambda m: len(m.point.parts), default=None)
 
 
-def read_mounts(table: Path = MOUNTS) -> list[Mount]:
+def read_mounts() -> list[Mount]:
     """Linux's table of mounts; none elsewhere."""
-    if not table.exists():
+    if not MOUNTS.exists():
         return []
     found = []
-    for line in table.read_text(encoding="utf-8").splitlines():
+    for line in MOUNTS.read_text(encoding="utf-8").splitlines():
         before, _, after = line.partition(" - ")
         point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), before.split()[4])
         found.append(Mount(Path(point), after.split()[0]))
