@@ -17,6 +17,7 @@ It runs in the batch shell, outside of any container: any Python from 3.8 on, st
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -247,11 +248,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             v = begin(marks, chain)
         else:
             v = end(marks, chain, args.code, dead, avoid)
-        if v.do == "end":
-            marks.write("ended", f"{v.code} {v.reason}\n")
     except OSError as e:  # nothing could be counted: no restart, lest it go on for ever
         words = f"{e}; free space or mend the disk, and submit the run again"
         v = Verdict("end", args.code or EXIT_NODE, "the run folder cannot be used", words=words)
+    if v.do == "end":
+        with contextlib.suppress(OSError):  # a chain's next job will find out by itself
+            marks.write("ended", f"{v.code} {v.reason}\n")
     print(f"{v.do}: {v.reason}{f' ({v.words})' if v.words else ''}", file=sys.stderr)
     print(v.do, v.code, ",".join(v.nodes) or "-")
     return 0
