@@ -19,7 +19,9 @@ data/demo/manifest.json: | environment
 	$(BIN)/titans-pretrain prepare configs/corpus --tokenizer tokenizers/demo.model --out data/demo
 
 # Stamps: a second call installs nothing. Torch comes first and alone, so that pip takes the build
-# for this machine and deepspeed finds it; its kernels are left unbuilt (they are not used).
+# for this machine and deepspeed finds it; its kernels are left unbuilt (they are not used), and its
+# set-up does not look for a CUDA compiler, which a node or an image with CUDA may lack.
+UNBUILT := DS_BUILD_OPS=0 DS_ACCELERATOR=cpu TORCH_CUDA_ARCH_LIST=9.0
 environment: $(VENV)/.package
 dev: $(VENV)/.dev
 
@@ -29,7 +31,7 @@ $(VENV)/.created:
 
 $(VENV)/.requirements: requirements.txt $(VENV)/.created
 	$(BIN)/pip install --quiet --constraint requirements.txt $(TORCH) $(BUILD)
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation -r requirements.txt
+	$(UNBUILT) $(BIN)/pip install --quiet --no-build-isolation -r requirements.txt
 	touch $@
 
 $(VENV)/.package: pyproject.toml $(VENV)/.requirements

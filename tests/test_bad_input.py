@@ -14,7 +14,7 @@ import pytest
 from tests.prepared import small_dataset, small_run
 from tests.worlds import run_world
 from titans_pretrain.config import parse_config
-from titans_pretrain.errors import EXIT_SAVED, TitansError
+from titans_pretrain.errors import EXIT_SAVED, DataError, TitansError
 from titans_pretrain.run import checkpoint
 from titans_pretrain.run.folder import RunFolder
 
@@ -172,6 +172,29 @@ def test_a_hostile_checkpoint_with_right_checksums_is_refused(
     code, message = refused(ranks, small(tmp_path / "new", data), None, str(folder))
     assert code == 3 and "names pathlib" in message
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_of_newer_code_ends_the_run_and_none_older_takes_its_place(
+    data: Path, tmp_path: Path
+) -> None:
+    tree = small(tmp_path / "run", data, checkpoint__every_steps=2)
+    assert run_world(attempt, 1, tree) == [(0, "")]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert checkpoint.list_steps(checkpoints) == [2, 4]
+    checkpoint.require_format(checkpoints)
+    folder = checkpoint.folder_of(checkpoints, 4)
+    state = json.loads((folder / "state.json").read_text()) | {"format": checkpoint.FORMAT + 1}
+    (folder / "state.json").write_text(json.dumps(state))
+    checksums = json.loads((folder / "checksums.json").read_text())
+    checksums["state.json"] = hashlib.sha256((folder / "state.json").read_bytes()).hexdigest()
+    (folder / "checksums.json").write_text(json.dumps(checksums))
+    content = checkpoint.content_sha256(folder)
+    code, message = refused(2, small(tmp_path / "run", data, train__steps=8))
+    assert code == 3 and f"{folder}: format {checkpoint.FORMAT + 1}" in message
+    with pytest.raises(DataError, match=f"format {checkpoint.FORMAT + 1}"):
+        checkpoint.require_format(checkpoints)
+    assert checkpoint.list_steps(checkpoints) == [2, 4]
+    assert checkpoint.content_sha256(folder) == content
 
 
 def full_disk(tree: dict[str, Any], what: str) -> tuple[int, str]:

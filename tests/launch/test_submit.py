@@ -41,14 +41,17 @@ python=/shared/my-project/venv/bin/python shell_python=python3
 code=/shared/runs/titans-1.3b/jobs/0001/code
 train=(/shared/runs/titans-1.3b/jobs/0001/config.yaml)
 run=/shared/runs/titans-1.3b
-srun_options=() wait_seconds=60 avoid=
+submission=/shared/runs/titans-1.3b/jobs/0001 requeue=yes
+srun_options=()
+wrap=()
+wait_seconds=60 avoid=
 preflight='{"seconds":30.0,"start_seconds":120.0,"matmul_tflops":null,"matmul_of_median":0.7,\
 "all_reduce_gb_per_s":null,"disk_free_gb":1.0,"disk_mb_per_s":null,"clock_seconds":5.0}'
+local_disk="/scratch/$USER/$SLURM_JOB_ID"
 export NCCL_SOCKET_IFNAME=ib0
 export GLOO_SOCKET_IFNAME=ib0
 export NCCL_IB_HCA=mlx5
 export NCCL_DEBUG=WARN
-export TMPDIR="/scratch/$USER/$SLURM_JOB_ID"
 setup() {
   module purge
   module load cuda/12.8 nccl
@@ -93,7 +96,8 @@ def test_the_job_script_of_an_odd_site():
     )
     lines = _written(_checked(render(_job(site), site))).splitlines()
     assert "#SBATCH --exclude=tn1,tn2" in lines
-    assert "srun_options=('--container-image=/a b.sqsh') wait_seconds=60 avoid=tn1,tn2" in lines
+    assert "srun_options=('--container-image=/a b.sqsh')" in lines
+    assert "wait_seconds=60 avoid=tn1,tn2" in lines
     assert "preflight=" in lines
     assert """export X='it'"'"'s $HOME'""" in lines
     assert not [x for x in lines if "gres" in x or "exclusive" in x or "--time" in x]
@@ -103,8 +107,8 @@ def test_the_template_by_hand_asks_for_what_submit_asks_for():
     by_hand = set(_written(TEMPLATE.read_text()).splitlines())
     for option in ("--requeue", "--open-mode=append", "--signal=USR1@300"):
         assert f"#SBATCH {option}" in by_hand
-    names = {line.split("=")[0] for line in by_hand}
-    assert {"python", "code", "train", "run", "srun_options", "setup() { :; }"} <= names
+    names = {line.split("=")[0].strip() for line in by_hand}
+    assert {"python", "code", "train", "run", "srun_options", "wrap"} <= names
     assert f"preflight='{PreflightConfig().model_dump_json()}'" in by_hand
 
 
@@ -256,7 +260,7 @@ def test_a_submitted_run_and_a_second_one(here, capsys, accepted):
     assert out.startswith("job      17 (titans-1.3b)\n")
     run = here / "runs" / "titans-1.3b"
     frozen = run / "jobs" / "0001"
-    assert calls[-1] == ["sbatch", "--parsable", str(frozen / "pretrain.sbatch")]
+    assert calls[-2] == ["sbatch", "--parsable", str(frozen / "pretrain.sbatch")]
     assert {p.name for p in frozen.iterdir()} >= {"code", "config.yaml", "env.txt", "id"}
     assert yaml.safe_load((frozen / "config.yaml").read_text())["optim"]["lr"] == 7e-4
     assert slurm.jobs_of(run) == ["17"]
@@ -307,6 +311,7 @@ def test_stop_needs_a_run(here, capsys):
 
 def test_frozen_code_runs_from_its_copy(tmp_path):
     code = look_at_code()
+    (tmp_path / "0001").mkdir()
     freeze(tmp_path / "0001", code, "folder: x\n", "#!/bin/bash\n", ["titans-pretrain", "submit"])
     copy = tmp_path / "0001" / "code"
     assert sum(p.is_file() for p in copy.rglob("*")) == code.files

@@ -109,7 +109,8 @@ def test_the_verdict(name):
 def test_a_given_up_job_says_how_often_and_why():
     words = decide(Facts(143, 5, failure=HANG), restarts("hang", 5, 5, 5)).words
     assert words == (
-        "rank 3 on tn2: E: why; given up: restarted 3 times for it without a checkpoint after 5"
+        "rank 3 on tn2: E: why; see logs/rank-00003.err; given up: restarted 3 times for it "
+        "without a checkpoint after 5"
     )
 
 
@@ -199,6 +200,71 @@ def test_on_a_full_disk_a_job_ends(job, tmp_path, monkeypatch, capsys):
 
 def _full(*_, **__):
     raise OSError(28, "No space left on device")
+
+
+@pytest.fixture
+def chain(tmp_path, monkeypatch, capsys):
+    """Calls the module as jobs 7, 8, 9 and 10 of one chain do: (job, arguments) -> its line."""
+    submission = tmp_path / "jobs" / "0001"
+    submission.mkdir(parents=True)
+    (submission / "id").write_text("7\n8\n9\n10\n")
+
+    def call(job, *arguments):
+        monkeypatch.setenv("TITANS_RUN", str(tmp_path))
+        monkeypatch.setenv("TITANS_JOB", f"{job}.0")
+        assert verdict.main([*arguments, "--submission", str(submission)]) == 0
+        return capsys.readouterr().out.strip()
+
+    return call
+
+
+def _reasons(run: Path) -> list[tuple[str, str]]:
+    lines = (x.split("\t") for x in (run / "restarts.tsv").read_text().splitlines())
+    return [(line[1], line[4]) for line in lines]
+
+
+def test_the_jobs_of_a_chain_have_one_budget(chain, tmp_path):
+    for job in (7, 8, 9):
+        assert chain(job, "begin") == "go 0 -"
+        Marks(tmp_path, str(job), 0).write("started")
+        assert chain(job, "end", "--code", "137") == "again 137 -"
+    assert chain(10, "begin") == "go 0 -"
+    Marks(tmp_path, "10", 0).write("started")
+    assert chain(10, "end", "--code", "137") == "end 137 -"  # a fourth crash, no checkpoint since
+    assert _reasons(tmp_path) == [("7", "crash"), ("8", "crash"), ("9", "crash")]
+
+
+def test_a_chain_leaves_as_the_job_that_ended_the_run(chain, tmp_path):
+    assert chain(7, "begin") == "go 0 -"
+    Marks(tmp_path, "7", 0).fail(DATA)
+    assert chain(7, "end", "--code", "143") == "end 3 -"
+    assert (tmp_path / "jobs" / "ended.7.0").read_text() == "3 failed\n"
+    assert [chain(job, "begin") for job in (8, 9, 10)] == ["end 3 -"] * 3
+    (tmp_path / "jobs" / "0001" / "id").write_text("11\n")  # submitted once more: a new chain
+    assert chain(11, "begin") == "go 0 -"
+
+
+def test_a_chain_leaves_with_0_once_the_run_is_done(chain):
+    assert chain(7, "begin") == "go 0 -"
+    assert chain(7, "end", "--code", "0") == "end 0 -"
+    assert chain(8, "begin") == "end 0 -"
+
+
+def test_a_job_of_a_chain_that_slurm_ended_counts(chain, tmp_path):
+    for job in (7, 8, 9):
+        assert chain(job, "begin") == "go 0 -"  # and no word after it
+    assert chain(10, "begin") == "go 0 -"
+    assert _reasons(tmp_path) == [("7", "cut off"), ("8", "cut off"), ("9", "cut off")]
+    _checkpoint(tmp_path, 4)
+    Marks(tmp_path, "10", 0).write("saved")
+    assert chain(10, "end", "--code", "143") == "again 75 -"
+    assert _reasons(tmp_path)[-1] == ("10", "asked")
+
+
+def test_a_job_by_hand_is_no_chain(job, tmp_path, capsys):
+    job(0, "begin", "--submission", "")
+    job(0, "end", "--code", "3", "--submission", str(tmp_path / "nowhere"))
+    assert capsys.readouterr().out == "go 0 -\nend 3 -\n"
 
 
 def test_the_first_failure_of_a_life_stays(tmp_path, monkeypatch):

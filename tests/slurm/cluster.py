@@ -121,7 +121,7 @@ class Job:
 
     @property
     def restarts(self) -> list[Restart]:
-        return read_history(self.run, self.number)
+        return read_history(self.run, [self.number])
 
     @property
     def nodes(self) -> list[str]:

@@ -36,18 +36,32 @@ class SiteConfig(Section):
     exclusive: bool = True
     exclude: list[str] = Field(default=[])  # nodes, each by its name
     sbatch: list[str] = Field(default=[])  # further options of sbatch, e.g. "--mem=0"
+    requeue: bool = True  # false where a job may not queue itself again: `submit --chain N`
     # Seconds before the time limit at which ranks finish their step, save and leave. Let it be
     # twice the time of a step and a save, and a minute.
     stop_ahead: Annotated[int, Field(ge=60, le=65535)] = 300
     wait: Annotated[int, Field(ge=10)] = 60  # seconds that other ranks have after one has left
     srun: list[str] = Field(default=[])  # further options of srun, e.g. of a container
+    # Words between srun and python, e.g. [apptainer, exec, --nv, IMAGE]. What they start must pass
+    # signals and the exit code on, so a script ends in exec "$@".
+    wrap: list[str] = Field(default=[])
     python: str | None = None  # of the ranks; default: the one that submits
     shell_python: str = "python3"  # of the batch shell, outside of any container: 3.8 or later
     setup: list[str] = Field(default=[])  # lines of shell before the ranks, e.g. "module load cuda"
     env: dict[str, str] = Field(default={})  # for the ranks, e.g. NCCL_SOCKET_IFNAME
-    local_disk: str | None = None  # a folder on each node's own disk, for caches: TMPDIR
+    local_disk: str | None = None  # a folder on each node's own disk: TMPDIR of the ranks
     preflight: PreflightConfig | None = PreflightConfig()  # null: none
     template: str | None = None  # job script; default: slurm/pretrain.sbatch
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _quoted(cls, value: object) -> object:
+        if isinstance(value, int):
+            raise ValueError(
+                f"time={value}; YAML takes 24:00:00 for a number, of seconds; quote it: "
+                'time: "24:00:00"'
+            )
+        return value
 
     @field_validator("sbatch", "srun")
     @classmethod
@@ -57,6 +71,17 @@ class SiteConfig(Section):
                 raise ValueError(
                     f"the option {option!r}; an entry is one option with its dashes, on one line; "
                     "e.g. --mem=0"
+                )
+        return value
+
+    @field_validator("wrap")
+    @classmethod
+    def _words(cls, value: list[str]) -> list[str]:
+        for word in value:
+            if not word or "\n" in word or (value[0].startswith("-")):
+                raise ValueError(
+                    f"wrap: {word!r}; a program and its arguments, each an entry on one line; "
+                    "e.g. [apptainer, exec, --nv, IMAGE]; options of srun are in srun:"
                 )
         return value
 

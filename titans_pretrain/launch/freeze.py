@@ -14,6 +14,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
+SCRIPT = "pretrain.sbatch"
 _LEFT_OUT = ("__pycache__", "*.pyc")
 
 
@@ -51,18 +52,17 @@ def look_at_code() -> Code:
 
 
 def freeze(into: Path, code: Code, config: str, script: str, command: Sequence[str]) -> None:
-    """Fills the new folder `into`: code/, code.diff, config.yaml, pretrain.sbatch and env.txt.
+    """Fills the empty folder `into`: code/, code.diff, config.yaml, pretrain.sbatch and env.txt.
 
     Raises OSError.
     """
-    into.mkdir(parents=True)
     shutil.copytree(
         PACKAGE, into / "code" / PACKAGE.name, ignore=shutil.ignore_patterns(*_LEFT_OUT)
     )
     if code.difference:
         (into / "code.diff").write_text(code.difference, encoding="utf-8")
     (into / "config.yaml").write_text(config, encoding="utf-8")
-    (into / "pretrain.sbatch").write_text(script, encoding="utf-8")
+    (into / SCRIPT).write_text(script, encoding="utf-8")
     (into / "env.txt").write_text("".join(f"{line}\n" for line in _told(code, command)), "utf-8")
 
 

@@ -27,6 +27,7 @@ class Job:
     frozen: Path  # holds code/ and config.yaml
     workdir: Path  # relative paths of the config start here
     python: str
+    requeue: bool = True  # false: it ends with its life; a chain's next job goes on
 
 
 def render(job: Job, site: SiteConfig) -> str:
@@ -73,7 +74,7 @@ def options(job: Job, site: SiteConfig) -> list[str]:
     }
     flags = ["--exclusive"] if site.exclusive else []
     values = [f"--{name}={value}" for name, value in asked.items() if value is not None]
-    return [*values, *flags, "--requeue", *site.sbatch]
+    return [*values, *flags, "--requeue" if job.requeue else "--no-requeue", *site.sbatch]
 
 
 def settings(job: Job, site: SiteConfig) -> list[str]:
@@ -86,14 +87,15 @@ def settings(job: Job, site: SiteConfig) -> list[str]:
         f"code={quote(str(job.frozen / 'code'))}",
         f"train=({quote(str(job.frozen / 'config.yaml'))})",
         f"run={quote(str(job.run))}",
-        f"srun_options=({' '.join(map(quote, site.srun))}) wait_seconds={site.wait} "
-        f"avoid={quote(','.join(site.exclude)) if site.exclude else ''}",
+        f"submission={quote(str(job.frozen))} requeue={'yes' if job.requeue else 'no'}",
+        f"srun_options=({' '.join(map(quote, site.srun))})",
+        f"wrap=({' '.join(map(quote, site.wrap))})",
+        f"wait_seconds={site.wait} avoid={quote(','.join(site.exclude)) if site.exclude else ''}",
         f"preflight={quote(preflight) if preflight else ''}",
     ]
+    # Double quotes: $SLURM_JOB_ID in it is the job's.
+    lines.append(f'local_disk="{site.local_disk}"' if site.local_disk else "local_disk=")
     lines += [f"export {name}={quote(value)}" for name, value in env.items()]
-    if site.local_disk:
-        # Double quotes: $SLURM_JOB_ID in it is the job's.
-        lines.append(f'export TMPDIR="{site.local_disk}"')
     setup = [f"  {line}" for line in site.setup]
     return [*lines, *(["setup() {", *setup, "}"] if setup else ["setup() { :; }"])]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -78,9 +80,32 @@ def queue(jobs: Sequence[str], seconds: float = 10.0) -> dict[str, Queued]:
     return {row[0]: Queued(*row) for row in rows if len(row) == 4}
 
 
+# Why a job is pending that Slurm accepted and will not start as it is.
+_NEVER = re.compile(
+    r"Invalid|PartitionConfig|BadConstraints|NodeLimit|TimeLimit|MaxWallDuration|NotAllowed"
+)
+
+
+def never_starts(jobs: Sequence[str], wait: float = 2.0) -> dict[str, str]:
+    """Those of `jobs` that pend for a reason that does not pass, and the reason, e.g.
+    PartitionTimeLimit. Slurm finds it soon after the submission: `wait` seconds at most. None if
+    Slurm does not answer."""
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            said = call(["squeue", "--noheader", f"--jobs={','.join(jobs)}", "--format=%i|%r"])
+        except ConfigError:  # the jobs are submitted all the same
+            return {}
+        reasons = dict(line.split("|") for line in said.split() if "|" in line)
+        undecided = set(reasons.values()) & {"None", "JobHeldUser", "PartitionConfig"}
+        if not undecided or time.monotonic() > deadline:
+            return {job: why for job, why in reasons.items() if _NEVER.search(why)}
+        time.sleep(0.2)
+
+
 def jobs_of(run: Path) -> list[str]:
     """Ids of the jobs that were submitted for a run, or have begun, the oldest first."""
     jobs = run / "jobs"
-    ids = {path.read_text(encoding="utf-8").strip() for path in jobs.glob("*/id")}
+    ids = {i for path in jobs.glob("*/id") for i in path.read_text(encoding="utf-8").split()}
     ids |= {path.name.split(".")[1] for path in jobs.glob("begun.*.*")}
     return sorted(ids, key=lambda i: (len(i), i))

@@ -1,18 +1,17 @@
 """`titans-pretrain submit CONFIG [a.b=c ...] --nodes N`: checks, freezes and submits a run.
 
-Everything that can be refused is checked before anything is written; what was written for a job
-that sbatch then refuses is removed again.
+`--array a.b=c,d` submits a run for each value, `--chain N` several jobs for a run. Everything that
+can be refused is checked, for all runs, before anything is written; what was written for jobs that
+sbatch then refuses is removed again.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
 import shlex
-import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from titans_pretrain.config import (
@@ -23,36 +22,56 @@ from titans_pretrain.config import (
     load_config,
     load_site,
 )
-from titans_pretrain.errors import EXIT_DONE, ConfigError
-from titans_pretrain.launch import slurm
-from titans_pretrain.launch.freeze import Code, freeze, look_at_code
+from titans_pretrain.errors import EXIT_DONE, ConfigError, TitansError
+from titans_pretrain.launch import disks, slurm
+from titans_pretrain.launch.freeze import SCRIPT, Code, look_at_code
 from titans_pretrain.launch.render import Job, render, seconds
-from titans_pretrain.run.files import storage_error
+from titans_pretrain.launch.submission import Run, submit
+from titans_pretrain.launch.sweep import MOST, Member, members
 from titans_pretrain.run.folder import RunFolder
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    submit = commands.add_parser(
+    parser = commands.add_parser(
         "submit",
         help="submit a run to Slurm",
         allow_abbrev=False,
         description="Checks the run that CONFIG describes against the nodes, freezes code and "
         "config in its folder and submits a job, which queues itself again until the run is done.",
     )
-    submit.add_argument("config", metavar="CONFIG", help="YAML file")
-    submit.add_argument("overrides", nargs="*", metavar="a.b=c", help="e.g. optim.lr=3e-4")
-    submit.add_argument("--nodes", type=_positive, required=True, metavar="N")
-    submit.add_argument("--gpus-per-node", type=_positive, metavar="G", help="default: the site's")
-    submit.add_argument("--time", metavar="T", help="limit of a life, e.g. 24:00:00")
-    submit.add_argument("--site", metavar="FILE", help="what the cluster is like: configs/site/")
-    submit.add_argument("--name", help="of the job; default: the run folder's")
-    submit.add_argument(
-        "--changed", action="store_true", help="go on with a run although its config has changed"
+    add = parser.add_argument
+    add("config", metavar="CONFIG", help="YAML file")
+    add("overrides", nargs="*", metavar="a.b=c", help="e.g. optim.lr=3e-4")
+    add("--nodes", type=_positive, required=True, metavar="N")
+    add("--gpus-per-node", type=_positive, metavar="G", help="default: the site's")
+    add("--time", metavar="T", help="limit of a life, e.g. 24:00:00")
+    add("--site", metavar="FILE", help="what the cluster is like: configs/site/")
+    add("--name", help="of the job; default: the run folder's")
+    add(
+        "--array",
+        action="append",
+        default=[],
+        metavar="a.b=c,d",
+        help="a run for each value, in a folder of its own below the config's; given again: for "
+        "each combination",
     )
-    submit.add_argument(
-        "--dry-run", action="store_true", help="print all of it; submit and write nothing"
+    add(
+        "--array-limit",
+        type=_positive,
+        default=0,
+        metavar="K",
+        help="runs of --array at a time: each waits for the end of the one K before it",
     )
-    submit.set_defaults(run=submit_run)
+    add("--array-most", type=_positive, default=MOST, metavar="N", help=f"default: {MOST} runs")
+    add(
+        "--chain",
+        type=_positive,
+        metavar="N",
+        help="N jobs one after the other, where a job may not queue itself again",
+    )
+    add("--changed", action="store_true", help="go on with a run although its config has changed")
+    add("--dry-run", action="store_true", help="print all of it; submit and write nothing")
+    parser.set_defaults(run=submit_run)
 
 
 def _positive(text: str) -> int:
@@ -63,9 +82,37 @@ def _positive(text: str) -> int:
 
 
 def submit_run(args: argparse.Namespace) -> int:
-    """The command. Raises ConfigError or NodeError, with nothing left behind."""
-    config = load_config(args.config, args.overrides)
+    """The command. Raises ConfigError, DataError or NodeError, with nothing left behind."""
     site = load_site(args.site) if args.site else SiteConfig()
+    base = Path(load_config(args.config, args.overrides).folder).absolute()
+    _require_plain(base)
+    _require_plain(Path.cwd())
+    chosen = members(args.array, args.overrides, args.array_most)
+    name = _job_name(args.name or base.name)
+    runs = []
+    for number, member in enumerate(chosen, start=1):
+        of_it = f"{name}-{number}" if args.array else name
+        try:
+            runs.append(_checked(args, site, member, base / member.name, of_it))
+        except TitansError as e:
+            if args.array:
+                raise type(e)(f"{member.name}: {e.value}", e.rule, e.remedy) from e
+            raise
+    code = look_at_code()
+    ids: list[list[str]] = []
+    if not args.dry_run:
+        ids = submit(runs, code, args.chain or 1, args.array_limit)
+    _tell(args, site, runs, code, ids)
+    return EXIT_DONE
+
+
+def _checked(
+    args: argparse.Namespace, site: SiteConfig, member: Member, path: Path, name: str
+) -> Run:
+    """One run, with all that can be known before it is submitted. Raises TitansError."""
+    from titans_pretrain.run.checkpoint import require_format  # torch
+
+    config = load_config(args.config, [*args.overrides, *member.overrides, f"folder={path}"])
     gpus = args.gpus_per_node or site.gpus_per_node
     layout = _layout(config, args.nodes, gpus)
     time = args.time or site.time
@@ -75,47 +122,104 @@ def submit_run(args: argparse.Namespace) -> int:
             "ranks are asked to save stop_ahead seconds before the limit",
             "give the job more time, or set stop_ahead in the site file",
         )
-    run = Path(config.folder).absolute()
-    _require_plain(run)
-    _require_plain(Path.cwd())
-    folder = RunFolder(run)
+    folder = RunFolder(path)
     folder.refuse_if_stopped()
-    changed = list(differences(folder, config))
+    require_format(folder.checkpoints)
+    changed = tuple(differences(folder, config))
     if changed and not args.changed:
         raise ConfigError(
-            f"{run} holds a run with another config:\n    " + "\n    ".join(changed),
+            f"{path} holds a run with another config:\n    " + "\n    ".join(changed),
             "a run keeps its config",
             "set another folder=, or go on with the changed one: --changed",
         )
     if not args.dry_run:
-        _refuse_if_queued(run)
-    frozen = _next(folder.jobs)
-    name = _job_name(args.name or run.name)
-    python = site.python or sys.executable
-    job = Job(name, args.nodes, gpus, time, run, frozen, Path.cwd(), python)
-    script, code = render(job, site), look_at_code()
+        _refuse_if_queued(path)
+    job = Job(
+        name,
+        args.nodes,
+        gpus,
+        time,
+        path,
+        frozen=_next(folder.jobs),
+        workdir=Path.cwd(),
+        python=site.python or sys.executable,
+        requeue=site.requeue and args.chain is None,
+    )
+    return Run(member, config, folder, layout, job, render(job, site), changed)
 
-    number = "none: a dry run, nothing is written"
-    if not args.dry_run:
-        number = _submit(folder, job, code, dump_config(config), script)
-    facts = {
-        "job": f"{number} ({name})",
-        "ranks": f"{args.nodes} nodes x {gpus} GPUs = {args.nodes * gpus}, {layout}",
-        "folder": str(run),
-        "script": str(frozen / "pretrain.sbatch"),
-        "config": str(frozen / "config.yaml"),
-        "code": f"{frozen / 'code'}: {code.describe()}",
-        "checks": _preflight(site.preflight),
-    }
-    job_id = "JOB" if args.dry_run else number
-    for key, value in (facts | _commands(run, job_id)).items():
+
+def _tell(
+    args: argparse.Namespace,
+    site: SiteConfig,
+    runs: Sequence[Run],
+    code: Code,
+    ids: Sequence[Sequence[str]],
+) -> None:
+    """Prints what was submitted, or would be."""
+    job, run_folder = runs[0].job, runs[0].folder.path
+    ranks = job.nodes * job.gpus_per_node
+    what = "none: a dry run, nothing is written" if args.dry_run else ", ".join(ids[0])
+    facts = {"job": f"{what} ({job.name})"}
+    if args.array:
+        how = " (a dry run, nothing is written)" if args.dry_run else ""
+        facts = {"runs": f"{len(runs)} in {run_folder.parent}{how}"}
+    facts["ranks"] = f"{job.nodes} nodes x {job.gpus_per_node} GPUs = {ranks}, {runs[0].layout}"
+    if not args.array:
+        facts["folder"] = str(run_folder)
+        facts["script"] = str(job.frozen / SCRIPT)
+        facts["config"] = str(job.frozen / "config.yaml")
+    facts["code"] = code.describe()
+    facts["checks"] = _preflight(site.preflight)
+    facts["lives"] = _lives(args, site)
+    ran = [i for jobs in ids for i in jobs] or ["JOB"]
+    for key, value in (facts | _commands(runs, ran)).items():
         print(f"{key:<8} {value}")
-    for line in changed:
+    for line in (line for run in runs for line in run.changed):
         print(f"changed  {line}")
+    for line in disks.warnings(_paths(runs), job.nodes):
+        print(f"warning  {line}")
+    if ids:
+        for number, why in slurm.never_starts([jobs[0] for jobs in ids]).items():
+            print(f"warning  Slurm does not start job {number} as it is: {why}; scancel {number}")
+    if args.array:
+        _table(runs, ids)
     if args.dry_run:
-        print(f"\n--- {job.frozen / 'config.yaml'}\n{dump_config(config)}", end="")
-        print(f"\n--- {job.frozen / 'pretrain.sbatch'}\n{script}", end="")
-    return EXIT_DONE
+        for run in runs:
+            print(f"\n--- {run.job.frozen / 'config.yaml'}\n{dump_config(run.config)}", end="")
+        print(f"\n--- {job.frozen / SCRIPT}\n{runs[0].script}", end="")
+
+
+def _lives(args: argparse.Namespace, site: SiteConfig) -> str:
+    """How a run gets beyond the time limit of one job."""
+    limit = args.time or site.time or "the partition's time limit"
+    if args.chain is not None:
+        return f"a chain of {args.chain} jobs of up to {limit}, one after the other"
+    if not site.requeue:
+        return f"one job of up to {limit}: the site forbids requeue; --chain N submits N"
+    return f"each up to {limit}: the job queues itself again until the run is done"
+
+
+def _paths(runs: Sequence[Run]) -> dict[str, Path]:
+    """What all nodes of the jobs have to see."""
+    folder = runs[0].folder.path
+    paths = {disks.RUN: folder.parent if runs[0].member.name else folder}
+    paths["python"] = Path(runs[0].job.python)
+    for data in (run.config.data for run in runs):
+        for kind, sets in (("data", data.sources), ("validation", data.validation)):
+            local = {n: Path(s.path).absolute() for n, s in sets.items() if "://" not in s.path}
+            paths |= {f"{kind} {name}": path for name, path in local.items()}
+    return paths
+
+
+def _table(runs: Sequence[Run], ids: Sequence[Sequence[str]]) -> None:
+    rows = [("jobs", "name", "folder")]
+    for number, run in enumerate(runs):
+        jobs = " ".join(ids[number]) if ids else "-"
+        rows.append((jobs, run.job.name, run.member.name))
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    print()
+    for row in rows:
+        print(f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}")
 
 
 def _preflight(bounds: PreflightConfig | None) -> str:
@@ -153,40 +257,18 @@ def differences(folder: RunFolder, config: RunConfig) -> Iterator[str]:
             yield f"{key}: {then.get(key)} in {former}, {now.get(key)} now"
 
 
-def _submit(folder: RunFolder, job: Job, code: Code, config: str, script: str) -> str:
-    """Writes what the job needs and submits it; returns its id."""
-    slurm.call(["sbatch", "--version"])
-    with contextlib.ExitStack() as undo:
-        for path in (folder.path, folder.jobs, folder.logs):
-            if not path.exists():
-                undo.callback(_remove_empty, path)
-        undo.callback(shutil.rmtree, job.frozen, ignore_errors=True)
-        try:
-            folder.logs.mkdir(parents=True, exist_ok=True)
-            freeze(job.frozen, code, config, script, ["titans-pretrain", *sys.argv[1:]])
-        except OSError as e:
-            raise storage_error(e, f"writing {job.frozen}", starting=True) from e
-        said = slurm.call(["sbatch", "--parsable", str(job.frozen / "pretrain.sbatch")])
-        undo.pop_all()
-    number = said.strip().partition(";")[0]
-    try:
-        (job.frozen / "id").write_text(f"{number}\n", encoding="utf-8")
-    except OSError as e:
-        print(f"job {number} is submitted, its id could not be written: {e}", file=sys.stderr)
-    return number
-
-
-def _remove_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not there, or somebody else's files are in it
-        folder.rmdir()
-
-
-def _commands(run: Path, job: str) -> dict[str, str]:
-    at = shlex.quote(str(run))
+def _commands(runs: Sequence[Run], ids: Sequence[str]) -> dict[str, str]:
+    at = shlex.quote(str(runs[0].folder.path))
+    over = at if len(runs) == 1 else shlex.quote(str(runs[0].folder.path.parent))
+    each = at if len(runs) == 1 else f"{over}/RUN"
+    log = f"job-{ids[0]}.out" if len(runs) == 1 else "job-*.out"
+    see = f"titans-pretrain runs show {at}; titans-pretrain board {at}"
+    if len(runs) > 1:
+        see = f"titans-pretrain runs {over}; titans-pretrain board {over}/*"
     return {
-        "watch": f"tail -F {at}/logs/job-{job}.out",
-        "": f"titans-pretrain runs show {at}; titans-pretrain board {at}",
-        "stop": f"titans-pretrain stop {at}",
+        "watch": f"tail -F {each}/logs/{log}",
+        "": see,
+        "stop": f"titans-pretrain stop {each}",
     }
 
 

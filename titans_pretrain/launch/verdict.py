@@ -6,8 +6,10 @@ that do not answer, and the restarts so far. The job script calls this module tw
     python -m titans_pretrain.launch.verdict begin                        before the ranks
     python -m titans_pretrain.launch.verdict end --code N [--dead A,B] [--avoid C]
 
-Each prints one line, `go`, `again`, `stay` or `end`, then an exit code and the nodes to avoid (or
--), and tells the reason on stderr. Restarts are kept in RUN/restarts.tsv.
+`--submission` names the folder of the submission; where its file `id` lists several jobs, they are
+a chain: their restarts count together, and once one of them has ended the run for good, the others
+leave as it did. Each prints one line, `go`, `again`, `stay` or `end`, then an exit code and the
+nodes to avoid (or -), and tells the reason on stderr. Restarts are kept in RUN/restarts.tsv.
 
 It runs in the batch shell, outside of any container: any Python from 3.8 on, standard library.
 """
@@ -15,6 +17,7 @@ It runs in the batch shell, outside of any container: any Python from 3.8 on, st
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +29,7 @@ from titans_pretrain.run.marks import Failure, Marks, here
 
 BUDGET = 3  # restarts for one reason without a newer checkpoint
 USER = (2, 3, 4)  # configuration, data, diverged: the same again if started again
-ASKED, NODE = "asked", "node failure"
+ASKED, NODE, CUT = "asked", "node failure", "cut off"  # CUT: a chain's job that Slurm ended
 
 
 class Restart(NamedTuple):
@@ -64,7 +67,7 @@ class Verdict(NamedTuple):
 
 
 def decide(facts: Facts, history: Sequence[Restart]) -> Verdict:
-    """What follows. `history`: this job's restarts, the oldest first."""
+    """What follows. `history`: restarts of this job, or of its chain, the oldest first."""
     f, failure = facts, facts.failure
     if f.stop:
         return Verdict("end", EXIT_DONE, "stopped", words="the user has stopped the run")
@@ -84,7 +87,8 @@ def decide(facts: Facts, history: Sequence[Restart]) -> Verdict:
     if f.unfit:
         return Verdict("end", EXIT_NODE, "preflight", words=f.unfit)
     if failure is not None:
-        words = f"rank {failure.rank} on {failure.host}: {failure.kind}: {failure.what}"
+        words = f"rank {failure.rank} on {failure.host}: {failure.kind}: {failure.what}; "
+        words += f"see logs/rank-{max(0, failure.rank):05d}.err"
         if failure.code == EXIT_HANG:
             return _within(f, history, "hang", EXIT_HANG, words)
         if failure.code == EXIT_NODE:
@@ -114,12 +118,44 @@ def _within(
     return Verdict("end", code or EXIT_OTHER, reason, nodes, words)
 
 
-def missing(marks: Marks, history: Sequence[Restart], step: int) -> Restart | None:
-    """The former life, where it left no line: Slurm itself queued the job again."""
-    former = Marks(marks.run, marks.job, marks.life - 1)
-    if marks.life == 0 or any(r.life == former.life for r in history):
+def missing(
+    marks: Marks, chain: Sequence[str], history: Sequence[Restart], step: int
+) -> Restart | None:
+    """The former life, where it left no line: Slurm itself queued the job again, or ended it."""
+    former = _former(marks, chain)
+    if former is None or any((r.job, r.life) == (former.job, former.life) for r in history):
         return None
-    return _line(former, step, ASKED if former.has("saved") else NODE, ())
+    why = NODE if former.job == marks.job else CUT
+    return _line(former, step, ASKED if former.has("saved") else why, ())
+
+
+def _former(marks: Marks, chain: Sequence[str]) -> Marks | None:
+    """The life before this one, of this job or of the job before it in the chain."""
+    if marks.life:
+        return Marks(marks.run, marks.job, marks.life - 1)
+    for job in reversed(chain[: chain.index(marks.job)]):
+        begun = (marks.run / "jobs").glob(f"begun.{job}.*")
+        lives = [int(p.name.rpartition(".")[2]) for p in begun]
+        if lives:
+            return Marks(marks.run, job, max(lives))
+    return None
+
+
+def chain_of(submission: str, job: str) -> list[str]:
+    """The jobs of a submission in their order; a job submitted by hand is one of its own."""
+    path = Path(submission, "id")
+    jobs = path.read_text(encoding="utf-8").split() if submission and path.exists() else []
+    return jobs if job in jobs else [job]
+
+
+def ended(run: Path, chain: Sequence[str], job: str) -> Verdict | None:
+    """How a job before this one in its chain has ended the run, if one has."""
+    for former in chain[: chain.index(job)]:
+        for path in (run / "jobs").glob(f"ended.{former}.*"):
+            code, _, reason = path.read_text(encoding="utf-8").strip().partition(" ")
+            words = f"job {former}, earlier in this chain, has ended the run"
+            return Verdict("end", int(code), reason, words=words)
+    return None
 
 
 def newest_step(run: Path) -> int:
@@ -128,12 +164,12 @@ def newest_step(run: Path) -> int:
     return max((int(n) for n in names if n.isdigit()), default=0)
 
 
-def read_history(run: Path, job: str) -> list[Restart]:
+def read_history(run: Path, jobs: Sequence[str]) -> list[Restart]:
     path = run / "restarts.tsv"
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         when, name, life, step, reason, nodes = line.split("\t")
-        if name == job:
+        if name in jobs:
             named = tuple(n for n in nodes.split(",") if n)
             found.append(Restart(when, name, int(life), int(step), reason, named))
     return found
@@ -151,24 +187,33 @@ def _note(run: Path, r: Restart) -> None:
         )
 
 
-def begin(marks: Marks) -> Verdict:
+def begin(marks: Marks, chain: Sequence[str]) -> Verdict:
     """Before the ranks of a life: writes what it starts from, and whether it may start."""
-    step, history = newest_step(marks.run), read_history(marks.run, marks.job)
+    step, history = newest_step(marks.run), read_history(marks.run, chain)
     if (marks.run / "stop").exists():
         return decide(Facts(0, stop=True), history)
+    if (over := ended(marks.run, chain, marks.job)) is not None:
+        return over
     marks.write("begun", f"{step}\n")
-    lost = missing(marks, history, step)
+    lost = missing(marks, chain, history, step)
     if lost is not None:
         _note(marks.run, lost)
-        if lost.reason == NODE:
-            verdict = _within(Facts(0, step), history, NODE, EXIT_NODE, "queued again by Slurm")
+        if lost.reason in (NODE, CUT):
+            words = "queued again by Slurm" if lost.reason == NODE else f"job {lost.job}"
+            verdict = _within(Facts(0, step), history, lost.reason, EXIT_NODE, words)
             return verdict if verdict.do == "end" else verdict._replace(do="go", code=EXIT_DONE)
     return Verdict("go", EXIT_DONE, "begin", words=f"from step {step}")
 
 
-def end(marks: Marks, code: int, dead: tuple[str, ...], avoid: tuple[str, ...]) -> Verdict:
+def end(
+    marks: Marks,
+    chain: Sequence[str],
+    code: int,
+    dead: tuple[str, ...],
+    avoid: tuple[str, ...],
+) -> Verdict:
     """After the ranks of a life; a restart is noted. The nodes are all those to avoid."""
-    history = read_history(marks.run, marks.job)
+    history = read_history(marks.run, chain)
     facts = Facts(
         code,
         step=newest_step(marks.run),
@@ -196,16 +241,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--code", type=int, default=0, help="srun's exit code")
     parser.add_argument("--dead", default="", help="nodes that do not answer")
     parser.add_argument("--avoid", default="", help="nodes that the job was submitted without")
+    parser.add_argument("--submission", default="", help="folder that holds code, config and id")
     args = parser.parse_args(argv)
     marks = here()
     if marks is None:
         parser.error("TITANS_RUN and TITANS_JOB are not set: the job script sets them")
     dead, avoid = (tuple(n for n in x.split(",") if n) for x in (args.dead, args.avoid))
     try:
-        v = begin(marks) if args.when == "begin" else end(marks, args.code, dead, avoid)
+        chain = chain_of(args.submission, marks.job)
+        if args.when == "begin":
+            v = begin(marks, chain)
+        else:
+            v = end(marks, chain, args.code, dead, avoid)
     except OSError as e:  # nothing could be counted: no restart, lest it go on for ever
         words = f"{e}; free space or mend the disk, and submit the run again"
         v = Verdict("end", args.code or EXIT_NODE, "the run folder cannot be used", words=words)
+    if v.do == "end":
+        with contextlib.suppress(OSError):  # a chain's next job will find out by itself
+            marks.write("ended", f"{v.code} {v.reason}\n")
     print(f"{v.do}: {v.reason}{f' ({v.words})' if v.words else ''}", file=sys.stderr)
     print(v.do, v.code, ",".join(v.nodes) or "-")
     return 0

@@ -10,6 +10,7 @@ A folder without a valid checksums.json is not a checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -200,13 +201,31 @@ def verify(folder: Path, world: World | None = None) -> dict[str, Any]:
             "use an earlier checkpoint; one is a folder RUN/checkpoints/step-NNNNNNNN",
         )
     state = json.loads((folder / "state.json").read_text())
-    if state.get("format") != FORMAT:
-        raise DataError(
-            f"checkpoint {folder}: format {state.get('format')}",
-            f"this version reads format {FORMAT}",
-            "use the version of titans_pretrain that wrote it",
-        )
+    _require_format(folder, state)
     return state
+
+
+class FormatError(DataError):
+    """A checkpoint, undamaged, of another version of this code: none older takes its place."""
+
+
+def _require_format(folder: Path, state: dict[str, Any]) -> None:
+    if state.get("format") != FORMAT:
+        raise FormatError(
+            f"checkpoint {folder}: format {state.get('format')}",
+            f"this version of the code reads format {FORMAT}",
+            "use the version of titans_pretrain that wrote it (RUN/jobs/*/env.txt names its "
+            "commit), or set another folder=",
+        )
+
+
+def require_format(checkpoints: Path) -> None:
+    """Raises DataError if the newest checkpoint is of another version. A first look: what is
+    damaged, `verify` finds."""
+    for step in list_steps(checkpoints)[-1:]:
+        folder = folder_of(checkpoints, step)
+        with contextlib.suppress(OSError, ValueError):
+            _require_format(folder, json.loads((folder / "state.json").read_text()))
 
 
 def find_latest(
@@ -226,6 +245,8 @@ def find_latest(
         folder = folder_of(checkpoints, step)
         try:
             return Found(folder, verify(folder, world))
+        except FormatError:
+            raise
         except DataError as e:
             warn(f"{e.value}; going back to the checkpoint before it")
     if steps:

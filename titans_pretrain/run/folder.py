@@ -63,7 +63,8 @@ class RunFolder:
                 except ConfigError as e:
                     if time.monotonic() > deadline:
                         raise
-                    print(f"waiting: {e.value}", flush=True)
+                    left = deadline - time.monotonic()
+                    print(f"waiting: {e.value}; at most {left:.0f} s more", flush=True)
                     time.sleep(min(beat, max(0.0, deadline - time.monotonic())) + 0.05)
         except OSError as e:
             raise storage_error(e, f"taking the run folder {self.path}", starting=True) from e

@@ -318,7 +318,8 @@ def _in_use(folder: Path, claim: Claim | None, life: int, remedy: str) -> Config
         who = f"life {life} (unreadable claim)"
     else:
         seen = time.time() - claim.heartbeat
-        who = f"life {life}, pid {claim.pid} on {claim.host}, heartbeat {seen:.0f} s old"
+        job = f" (Slurm job {claim.job})" if claim.job else ""
+        who = f"life {life}, pid {claim.pid} on {claim.host}{job}, heartbeat {seen:.0f} s old"
     return ConfigError(
         f"run folder in use: {folder} is held by {who}",
         "one process group at a time writes to a run folder",

@@ -11,6 +11,7 @@ failure   the first failure, as JSON                       (the rank that was fi
 bad       nodes to avoid from now on, one a line           (whoever finds one)
 unfit     why no life can begin, in words                  (the preflight's judge)
 preflight a folder: what each rank found                   (launch/preflight.py)
+ended     exit code and reason, if the job does not go on  (the job script)
 
 Without TITANS_RUN and TITANS_JOB in the environment (a run without a job script) nothing is
 written. As launch/verdict.py it runs on any Python from 3.8 on, and imports only what does.
