@@ -28,6 +28,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -124,9 +125,8 @@ class Meeting:
         )
 
     def at(self, point: str, said: Any = None) -> dict[int, Any]:
-        """Who of those that were at the last point are at this one; on rank 0, and at the first
-        point, also what they say. Rank 0 waits for them; who is not there by then is left out from
-        now on."""
+        """Who of those that were at the last point are at this one, and what they say (at the end,
+        on rank 0 alone). Rank 0 waits for them; who is not there by then is left out from then."""
         first = not self.there
         expected = range(self._place.size) if first else list(self.there)
         patience = self._bounds.start_seconds if first else self._bounds.seconds + LATE
@@ -139,7 +139,7 @@ class Meeting:
             there = [rank for rank in expected if self.store.check([f"{point}/{rank}"])]
             told = {rank: json.loads(self.store.get(f"{point}/{rank}")) for rank in there}
             # All would be read by all: too much where ranks are many.
-            roll = told if first else dict.fromkeys(told)
+            roll = told if point != "end" else dict.fromkeys(told)
             self.store.set(f"{point}/roll", json.dumps(roll))
         self.store.wait([f"{point}/roll"], timedelta(seconds=2 * patience + LATE))
         if self._place.rank != 0:
@@ -231,13 +231,19 @@ def _with_others(
     each += [("pair", [*pairs]) for pairs in rounds(nodes)]
     if len(nodes) > 1:
         each.append(("all", [tuple(nodes)]))
+    failed: Counter[str] = Counter()  # node -> rounds in which it failed
     for number, (what, groups) in enumerate(each):
+        if what == "all" and max(failed.values(), default=0) >= min(2, len(nodes) - 1):
+            break  # a node has failed in all of its pairs: all together would fail for its sake
+        error = ""
         for group in (group for group in groups if place.node in group):
             note.add(at=f"all-reduce of {what}: {' '.join(group)[:80]}")
             result = _one_all_reduce(meeting, bounds, place, f"{number}/{group[0]}", group, cuda)
+            error = result.get("error", "")
             told = {"what": what, "nodes": group, **result}
             note.add(network=[*note.found.get("network", ()), told])
-        meeting.at(f"after {number}")
+        ended = meeting.at(f"after {number}", bool(error))
+        failed.update({there[rank]["node"] for rank, wrong in ended.items() if wrong})
     note.add(at="the end", done=True)
     _end(note, meeting, folder, bounds)
 
