@@ -59,6 +59,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         marks = Marks(folder, "12", queued)
         assert verdict.begin(marks).do == "go"
         marks.write("started")
+        if queued in (1, 3):
+            marks.path("preflight").mkdir()
+            (marks.path("preflight") / "table.txt").write_text(f"node  verdict\ntn{queued}  fit\n")
         if dies_at:
             with pytest.raises(AssertionError, match="without a word"):
                 run_world(life, 1, tree, queued, stop_after, dies_at)
@@ -97,6 +100,10 @@ def test_each_start_is_told_once_with_what_came_before(run: Path) -> None:
         "then on",
         f"- life 4 {from_4} (job 12, start 4). life 3 ended at step 5: crash",
     ]
+    [checks] = events.Tensors("events/preflight")
+    assert checks.step == 5 and checks.tensor_proto.string_val[0].decode() == (
+        "life 2:\n\n    node  verdict\n    tn1  fit\n\nlife 4:\n\n    node  verdict\n    tn3  fit"
+    )
     saves = [e.step for e in events.Tensors("events/checkpoint")]
     assert saves == [4, STEPS]
     assert [e.step for e in events.Tensors("events/stop")] == [4]

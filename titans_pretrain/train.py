@@ -382,9 +382,7 @@ def announce(
     hosts = world.gather_objects(world.host)
     world.agree(lambda: home.went_on(at.step, str(source or ""), hosts))
     texts = describe_run(config, world, stream.manifests, versions())
-    if found := story.preflight(marks.here()):
-        texts["events/preflight"] = found
-    world.agree(lambda: watch.begin(texts, partial(story.starts_after, home.folder.path)))
+    world.agree(lambda: watch.begin(texts, partial(story.events_after, home.folder.path)))
     ramp = config.train.ramp
     if ramp is not None and at.step < ramp.steps:
         log.info("fewer tokens at first: %d rows, growing over %d steps", ramp.start, ramp.steps)

@@ -79,7 +79,7 @@ class Watch:
             self._lookers = Group.join(world, lambda place: place.data == 0)
         self._folder = folder
         self._texts: Mapping[str, str] = {}
-        self._starts: Callable[[int], str] = lambda step: ""
+        self._starts: Callable[[int], Mapping[str, str]] = lambda step: {}
         self._open_files = leaving.enter_context(contextlib.ExitStack())
         if world.rank == 0:
             self._open(start, tokens)
@@ -99,11 +99,11 @@ class Watch:
         self._progress = Progress(self.config.train.steps, start, tokens)
         self._recorded = start
 
-    def begin(self, texts: Mapping[str, str], starts: Callable[[int], str]) -> None:
+    def begin(self, texts: Mapping[str, str], starts: Callable[[int], Mapping[str, str]]) -> None:
         """Introduces this life in TensorBoard: layout, descriptions, and how it came to begin.
 
         Args:
-            starts: tells of this and all former starts of the run that went on from a step, or a
+            starts: texts on this and all former starts of the run that went on from a step, or a
                 later one: those that TensorBoard hides when the run goes on from there.
         """
         self._texts, self._starts = texts, starts
@@ -112,7 +112,7 @@ class Watch:
     def _introduce(self, step: int) -> None:
         """To a reader of what is recorded after `step`."""
         if self._metrics is not None:
-            texts = {**self._texts, "events/start": self._starts(step)}
+            texts = {**self._texts, **self._starts(step)}
             self._metrics.introduce(board.layout(self.config), texts)
 
     def diverged(self, at: Progressed, told: str) -> NodeError | None:

@@ -18,7 +18,7 @@ from titans_pretrain import cli
 from titans_pretrain.config import parse_config
 from titans_pretrain.errors import EXIT_CONFIG, EXIT_DONE, EXIT_SAVED, DataError
 from titans_pretrain.launch.runs import ago, pace
-from titans_pretrain.launch.story import read_story, starts_after
+from titans_pretrain.launch.story import events_after, read_story
 from titans_pretrain.run.lines import read_tail
 from titans_pretrain.run.lives import LifeRecord, read_lives
 from titans_pretrain.run.lock import Claim
@@ -187,6 +187,25 @@ STATES = {
         "",
         "failed no rank began; see logs/job-12.out",
     ),
+    "its nodes are unfit": (
+        {"files": {**JOB, "jobs/unfit.12.0": "the shared disk is full\n"}, "checkpoints": {}},
+        "",
+        "failed the shared disk is full",
+    ),
+    "refused before a rank could claim it": (
+        {
+            "claim": {"released": True},
+            "lives": [begun(1, **of_job(11), **END, code=75, why="saved on request: SIGUSR1")],
+            "files": {
+                **JOB,
+                "jobs/failure.12.0": json.dumps(
+                    {"code": 3, "kind": "DataError", "rank": 0, "host": "tn1", "what": "no shard"}
+                ),
+            },
+        },
+        "",
+        "failed rank 0 on tn1: DataError: no shard",
+    ),
     "killed": (
         {"claim": DEAD, "lives": [begun(1)]},
         None,
@@ -303,8 +322,8 @@ def test_a_story(tmp_path, squeue, capsys, monkeypatch):
             "jobs/0001/pretrain.sbatch": "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n",
         },
     )
+    os.utime(tmp_path / "runs/a/jobs/begun.12.1", (NOW - 7960, NOW - 7960))
     assert cli.main(["runs", "show", "a"]) == EXIT_DONE
-    day = time.strftime("%Y-%m-%d", time.gmtime(NOW))
     out, err = capsys.readouterr()
 
     def when(age: float) -> str:
@@ -323,7 +342,7 @@ def test_a_story(tmp_path, squeue, capsys, monkeypatch):
         "lives",
         f"  life 1: {when(9000)} to {when(8000)} on tn1, job 12 (start 1), steps 0 to 120",
         "    asked: saved on request: USR1",
-        f"  job 12, start 2: ? to {when(7950)}",
+        f"  job 12, start 2: {when(7960)} to {when(7950)}",
         "    no rank started",
         f"  life 2: {when(7900)} to ? on tn1, tn2, job 12 (start 3), from step 120",
         "skipped",
@@ -336,11 +355,11 @@ def test_a_story(tmp_path, squeue, capsys, monkeypatch):
         "  watch   tail -F runs/a/logs/rank-00000.log",
         "          titans-pretrain board runs/a",
         "  resume  titans-pretrain submit c.yaml --nodes 2",
-    ], day
+    ]
     assert err == (
         "titans-pretrain runs: states are from the run folders alone: no squeue on this machine\n"
     )
-    assert starts_after(tmp_path / "runs" / "a", 120) == (
+    assert events_after(tmp_path / "runs" / "a", 120)["events/start"] == (
         "- job 12, start 2: no rank claimed the run. life 1 ended at step 120: asked: saved on "
         "request: USR1\n"
         "- life 2 from `checkpoints/step-00000120` on tn1, tn2 (job 12, start 3). job 12, start 2 "
@@ -508,7 +527,7 @@ def test_a_real_run_through_its_lives(tmp_path, squeue, capsys):
     assert (second.first, second.last, second.ranks, second.reason) == (0, 6, 1, "done")
     assert first.hosts == second.hosts == (HOST,)
     assert first.began < first.ended < second.began < second.ended
-    assert starts_after(tmp_path / "run", 0).splitlines() == [
+    assert events_after(tmp_path / "run", 0)["events/start"].splitlines() == [
         f"- life 1 from scratch on {HOST}.",
         f"- life 2 from scratch on {HOST}. life 1 ended at step 4: saved on request: --stop-after",
     ]

@@ -106,6 +106,7 @@ def conclude(
         return code or EXIT_OTHER, ["no rank came to its end: its step failed"]
     judgement = judge(findings, nodes, ranks, bounds)
     lines = list(told(findings, nodes, judgement))
+    (marks.path("preflight") / "table.txt").write_text("\n".join(lines), encoding="utf-8")
     if judgement.reason:
         marks.write("unfit", f"{judgement.reason}\n")
     elif judgement.bad:

@@ -66,26 +66,49 @@ def read_story(run: Path, damaged: Callable[[str], None] | None = None) -> list[
         for i, mine in enumerate(facts)
     ]
     noted = {(life.job, life.queued) for life in lives}
-    lives += [_without_ranks(run, restart) for key, restart in restarts.items() if key not in noted]
+    begun = {_key(path): path.stat().st_mtime for path in folder.jobs.glob("begun.*.*")}
+    for key in sorted((restarts.keys() | begun.keys()) - noted):
+        lives += _without_ranks(run, key, begun.get(key), restarts.get(key))
     return sorted(lives, key=lambda life: life.began or life.ended or 0.0)
 
 
-def starts_after(run: Path, step: int) -> str:
-    """Markdown: every start of the run that went on from `step` or a later one, and how the life
-    before it ended. A run that goes on from `step` so tells again what its curves no longer show:
-    each start once. Raises NodeError."""
+def _key(mark: Path) -> tuple[str, int]:
+    """(job, how often it had been queued again) of a mark."""
+    _, job, queued = mark.name.split(".")
+    return job, int(queued)
+
+
+def events_after(run: Path, step: int) -> dict[str, str]:
+    """tag -> Markdown: every start of the run that went on from `step` or a later one, how the life
+    before it ended, and what the preflight of its nodes found. A run that goes on from `step` so
+    tells again what its curves no longer show: each start once. Raises NodeError."""
+    starts: list[str] = []
+    checks: list[str] = []
+    idle: list[Life] = []  # without ranks; the next start with ranks tells of them
+    former = None
     try:
-        lives = read_story(run)
+        for life in read_story(run):
+            idle.append(life)
+            if not life.number:
+                continue
+            for told in idle if (life.first or 0) >= step else ():
+                starts.append(_start(told, former))
+                checks += _preflight(run, told)
+                former = told
+            former, idle = life, []
     except OSError as e:
         raise storage_error(e, f"reading the story of {run}") from e
-    told: list[str] = []
-    idle: list[str] = []  # starts without ranks; the next one with ranks tells them
-    for i, life in enumerate(lives):
-        idle.append(_start(life, lives[i - 1] if i else None))
-        if life.number:
-            told += idle if (life.first or 0) >= step else []
-            idle = []
-    return told[0] if len(told) == 1 else "\n".join(f"- {line}" for line in told)
+    told_at_once = starts[0] if len(starts) == 1 else "\n".join(f"- {line}" for line in starts)
+    texts = {"events/start": told_at_once, "events/preflight": "\n\n".join(checks)}
+    return {tag: text for tag, text in texts.items() if text}
+
+
+def _preflight(run: Path, life: Life) -> Iterator[str]:
+    """What the preflight of this life's nodes told, where there was one."""
+    path = Marks(run, life.job, life.queued).path("preflight") / "table.txt"
+    if life.job and path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        yield "\n".join([f"{life.name}:", "", *(f"    {line}" for line in lines)])
 
 
 def _start(life: Life, former: Life | None) -> str:
@@ -151,18 +174,24 @@ def _end(
     return ("failed", words) if words else ("", "")
 
 
-def _without_ranks(run: Path, restart: Restart) -> Life:
-    failure = Marks(run, restart.job, restart.life).failure()
-    reason, words = _end(restart, failure, None, "")
-    return Life(
+def _without_ranks(
+    run: Path, key: tuple[str, int], began: float | None, restart: Restart | None
+) -> Iterator[Life]:
+    """A job's life in which no rank claimed the folder, if anything is known of its end."""
+    marks = Marks(run, *key)
+    reason, words = _end(restart, marks.failure(), None, " ".join(marks.lines("unfit")))
+    if not reason:
+        return
+    yield Life(
         number=0,
-        job=restart.job,
-        queued=restart.life,
-        ended=_seconds(restart.time),
+        job=marks.job,
+        queued=marks.life,
+        began=began,
+        ended=_seconds(restart.time) if restart is not None else None,
         reason=reason,
         words=words,
-        avoided=restart.nodes,
-        restarted=True,
+        avoided=restart.nodes if restart is not None else (),
+        restarted=restart is not None,
     )
 
 
@@ -204,12 +233,3 @@ def _seconds(when: str, form: str = "%Y-%m-%dT%H:%M:%SZ") -> float | None:
         return float(calendar.timegm(time.strptime(when, form)))
     except ValueError:
         return None
-
-
-def preflight(marks: Marks | None) -> str:
-    """What the preflight of this life's nodes told, as Markdown; "" without one. Raises OSError."""
-    path = marks.path("preflight") / "table.txt" if marks is not None else None
-    if path is None or not path.exists():
-        return ""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return "\n".join(f"    {line}" for line in lines)
