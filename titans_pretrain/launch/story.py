@@ -217,9 +217,7 @@ def _report(run: Path, began: float, until: float | None) -> str:
     return f"{next(whys, '')} ({found[0].name})"
 
 
-def _history(
-    run: Path, job: str, damaged: Callable[[str], None] | None
-) -> Iterator[Restart] | Sequence[Restart]:
+def _history(run: Path, job: str, damaged: Callable[[str], None] | None) -> Sequence[Restart]:
     try:
         return read_history(run, job)
     except ValueError:
