@@ -121,6 +121,25 @@ STATES = {
         "12|RUNNING|None|tn[1-2]",
         "waiting until Slurm sees that tn1 is gone, job 12",
     ),
+    "goes on elsewhere": (
+        {
+            "claim": DEAD,
+            "files": {**JOB, "jobs/begun.12.1": "0\n"},
+            "lives": [begun(1, **of_job(12))],
+            "restarts": [LOST_NODE],
+        },
+        "12|RUNNING|None|tn[1-3]",
+        "starting on tn[1-3], job 12",
+    ),
+    "its ranks have left": (
+        {
+            "claim": {"released": True},
+            "files": JOB,
+            "lives": [begun(1, **of_job(12), **END, code=76, why="LostPeerError: gone")],
+        },
+        "12|RUNNING|None|tn1",
+        "waiting for its job script to say what follows, job 12",
+    ),
     "submitted": (
         {"files": JOB, "records": [], "checkpoints": {}},
         "12|PENDING|Resources|",

@@ -7,8 +7,8 @@
 | starting | its job runs, and no rank holds the folder yet                                       |
 | pending  | its job waits in Slurm's queue for the first time                                    |
 | requeued | its job waits there again, after a life that ended                                   |
-| waiting  | for somebody to start it again: saved on request; or its job waits for Slurm to see  |
-|          | that a node is gone                                                                  |
+| waiting  | for somebody to start it again: saved on request; or its ranks have left, and its    |
+|          | job looks what is wrong, or waits for Slurm to see that a node is gone               |
 | done     | all steps                                                                            |
 | stopped  | by the user, for good                                                                |
 | failed   | for the reason told                                                                  |
@@ -30,7 +30,7 @@ import yaml
 
 from titans_pretrain.errors import EXIT_SAVED, ConfigError
 from titans_pretrain.launch.slurm import Queued, jobs_of
-from titans_pretrain.launch.story import Life, read_story
+from titans_pretrain.launch.story import Life, begun_at, read_story
 from titans_pretrain.launch.verdict import NODE
 from titans_pretrain.run.console import duration
 from titans_pretrain.run.folder import RunFolder
@@ -55,6 +55,7 @@ class Found:
     holder: Holder | None
     lives: list[Life]
     jobs: list[str]  # ids, the oldest first
+    begun: set[tuple[str, int]]  # (job, how often queued again) of each start of a job script
     stop: bool
     now: float
 
@@ -144,6 +145,7 @@ def read_run(folder: Path, now: float, damaged: Told) -> Found:
         look(folder, now),
         read_story(folder, damaged),
         jobs_of(folder),
+        set(begun_at(folder)),
         run.stop.exists(),
         now,
     )
@@ -260,11 +262,13 @@ def _of_running(found: Found, job: Queued) -> tuple[str, str]:
         where += f" ({job.state.lower()})"
     if found.holder is not None and found.holder.alive:
         return ("stopping" if found.stop else "running"), where
-    life = found.lives[-1] if found.lives else None
-    if life is not None and life.job == job.job and life.reason == NODE and life.avoided:
-        gone = ", ".join(life.avoided)
-        return "waiting", f"until Slurm sees that {gone} is gone, job {job.job}"
-    return "starting", where
+    now = max((queued for name, queued in found.begun if name == job.job), default=0)
+    life = next((x for x in found.lives if (x.job, x.queued) == (job.job, now)), None)
+    if life is None:
+        return "starting", where
+    if life.reason == NODE and life.avoided:
+        return "waiting", f"until Slurm sees that {', '.join(life.avoided)} is gone, job {job.job}"
+    return "waiting", f"for its job script to say what follows, job {job.job}"
 
 
 def _of_pending(found: Found, job: Queued) -> tuple[str, str]:

@@ -112,7 +112,7 @@ def _show(names: Sequence[str], tell: Callable[[str], None], as_json_: bool) -> 
         (each, row(each, each.folder.resolve().name, queue)) for each in found
     ]
     if as_json_:
-        return json.dumps([as_json(each, r, tell) for each, r in rows], indent=1)
+        return json.dumps([as_json(each, r) for each, r in rows], indent=1)
     return "\n\n".join(as_text(each, r, tell) for each, r in rows)
 
 

@@ -21,7 +21,7 @@ Tell = Callable[[str], None]
 _LOSSES = 5  # of the last records
 
 
-def as_json(found: Found, row: Row, tell: Tell) -> dict[str, Any]:
+def as_json(found: Found, row: Row) -> dict[str, Any]:
     """Everything that `as_text` tells."""
     return {
         **asdict(row),

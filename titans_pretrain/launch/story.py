@@ -66,16 +66,16 @@ def read_story(run: Path, damaged: Callable[[str], None] | None = None) -> list[
         for i, mine in enumerate(facts)
     ]
     noted = {(life.job, life.queued) for life in lives}
-    begun = {_key(path): path.stat().st_mtime for path in folder.jobs.glob("begun.*.*")}
+    begun = begun_at(run)
     for key in sorted((restarts.keys() | begun.keys()) - noted):
         lives += _without_ranks(run, key, begun.get(key), restarts.get(key))
     return sorted(lives, key=lambda life: life.began or life.ended or 0.0)
 
 
-def _key(mark: Path) -> tuple[str, int]:
-    """(job, how often it had been queued again) of a mark."""
-    _, job, queued = mark.name.split(".")
-    return job, int(queued)
+def begun_at(run: Path) -> dict[tuple[str, int], float]:
+    """(job, how often it had been queued again) -> when the job script began (Unix time)."""
+    names = ((path, path.name.split(".")) for path in (run / "jobs").glob("begun.*.*"))
+    return {(job, int(queued)): path.stat().st_mtime for path, (_, job, queued) in names}
 
 
 def events_after(run: Path, step: int) -> dict[str, str]:
@@ -166,7 +166,8 @@ def _end(
     if failure is not None and code not in (EXIT_DONE, EXIT_SAVED):
         words = f"rank {failure.rank} on {failure.host}: {failure.kind}: {failure.what}"
     if restart is not None:
-        return restart.reason, words
+        # Whoever only lost another rank does not know why.
+        return restart.reason, "" if words.startswith("LostPeerError") else words
     if code == EXIT_DONE:
         return "done", ""
     if code == EXIT_SAVED:
@@ -216,9 +217,7 @@ def _report(run: Path, began: float, until: float | None) -> str:
     return f"{next(whys, '')} ({found[0].name})"
 
 
-def _history(
-    run: Path, job: str, damaged: Callable[[str], None] | None
-) -> Iterator[Restart] | Sequence[Restart]:
+def _history(run: Path, job: str, damaged: Callable[[str], None] | None) -> Sequence[Restart]:
     try:
         return read_history(run, job)
     except ValueError:
