@@ -57,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [(4, 0, EXIT_SAVED), (None, 7, 137), (None, 6, 137), (None, 0, EXIT_DONE)]
     ):
         marks = Marks(folder, "12", queued)
-        assert verdict.begin(marks).do == "go"
+        assert verdict.begin(marks, [marks.job]).do == "go"
         marks.write("started")
         if queued in (1, 3):
             marks.path("preflight").mkdir()
@@ -69,7 +69,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert run_world(life, 1, tree, queued, stop_after, dies_at) == [code]
         if queued == 1:
             marks.write("bad", "tn3\n")
-        said = verdict.end(marks, code, (), ())
+        said = verdict.end(marks, [marks.job], code, (), ())
         assert said.do == ("again" if queued < 3 else "end")
     return folder
 

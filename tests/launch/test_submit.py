@@ -226,7 +226,7 @@ def accepted(monkeypatch):
     """What Slurm's commands were called with; `answers` is what they say, or refuse with."""
     calls, answers = [], {"squeue": ""}
 
-    def call(command):
+    def call(command, seconds=None):
         calls.append(command)
         said = answers.get(command[0], "17;cluster\n")
         if isinstance(said, ConfigError):
@@ -239,7 +239,7 @@ def accepted(monkeypatch):
 
 
 def test_what_sbatch_refuses_leaves_no_trace(here, capsys, accepted, monkeypatch):
-    def call(command):
+    def call(command, seconds=None):
         if "--parsable" in command:
             assert Path(command[-1]).read_text().startswith("#!/bin/bash")
             raise ConfigError("sbatch said: invalid partition", "r", "r")

@@ -67,7 +67,7 @@ class Slurm:
         self.most, self.jobs, self.calls = most, 0, []
         self.release_works = True
 
-    def call(self, command):
+    def call(self, command, seconds=None):
         self.calls.append(list(command))
         if command[:2] == ["sbatch", "--parsable"]:
             assert Path(command[-1]).read_text().startswith("#!/bin/bash")
@@ -229,8 +229,8 @@ def test_a_second_submission_at_the_same_moment_is_refused(cluster, capsys, tmp_
 def test_a_job_that_slurm_accepts_and_never_starts(cluster, capsys, monkeypatch, reasons, told):
     said = iter(reasons)
 
-    def call(command):
-        return f"1|{next(said)}\n" if command[0] == "squeue" else cluster.call(command)
+    def call(command, seconds=None):
+        return f"1|PENDING|{next(said)}|\n" if command[0] == "squeue" else cluster.call(command)
 
     monkeypatch.setattr(slurm, "call", call)
     code, out, _ = _submit(capsys)

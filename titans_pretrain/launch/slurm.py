@@ -93,10 +93,9 @@ def never_starts(jobs: Sequence[str], wait: float = 2.0) -> dict[str, str]:
     deadline = time.monotonic() + wait
     while True:
         try:
-            said = call(["squeue", "--noheader", f"--jobs={','.join(jobs)}", "--format=%i|%r"])
+            reasons = {job: found.reason for job, found in queue(jobs).items()}
         except ConfigError:  # the jobs are submitted all the same
             return {}
-        reasons = dict(line.split("|") for line in said.split() if "|" in line)
         undecided = set(reasons.values()) & {"None", "JobHeldUser", "PartitionConfig"}
         if not undecided or time.monotonic() > deadline:
             return {job: why for job, why in reasons.items() if _NEVER.search(why)}
