@@ -129,11 +129,11 @@ def submissions(run: Path) -> list[dict[str, str]]:
             for name in ("nodes", "ntasks-per-node")
         }
         nodes, tasks = size["nodes"], size["ntasks-per-node"]
-        job = " ".join(_lines(folder / "id"))
+        jobs = _lines(folder / "id")
         found.append(
             {
                 "number": folder.name,
-                "job": f"job {job}" if job else "no job",
+                "job": f"job{'s' * (len(jobs) > 1)} {', '.join(jobs)}" if jobs else "no job",
                 "time": facts.get("time", "").strip(),
                 "size": f"{nodes[1]} nodes x {tasks[1]}" if nodes and tasks else "",
                 "commit": f"commit {facts.get('commit', '').strip()[:12]}",

@@ -59,7 +59,7 @@ class Life:
 def read_story(run: Path, damaged: Callable[[str], None] | None = None) -> list[Life]:
     """All lives of a run, the first one first. Raises OSError."""
     folder = RunFolder(run)
-    restarts = {(r.job, r.life): r for job in jobs_of(run) for r in _history(run, job, damaged)}
+    restarts = {(r.job, r.life): r for r in _history(run, damaged)}
     facts = read_lives(folder.lives, damaged)
     lives = [
         _life(run, mine, facts[i + 1] if i + 1 < len(facts) else None, restarts)
@@ -217,9 +217,9 @@ def _report(run: Path, began: float, until: float | None) -> str:
     return f"{next(whys, '')} ({found[0].name})"
 
 
-def _history(run: Path, job: str, damaged: Callable[[str], None] | None) -> Sequence[Restart]:
+def _history(run: Path, damaged: Callable[[str], None] | None) -> Sequence[Restart]:
     try:
-        return read_history(run, job)
+        return read_history(run, jobs_of(run))
     except ValueError:
         if damaged is not None:
             damaged(str(run / "restarts.tsv"))
