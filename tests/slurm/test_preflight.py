@@ -20,7 +20,7 @@ def test_a_bad_node_is_left_out_before_the_first_step(cluster, data, undisturbed
     python = tmp_path / "python"
     python.write_text(PYTHON.format(python=sys.executable))
     python.chmod(0o755)
-    site = {"python": str(python), "preflight": {"seconds": 20, "matmul_of_median": 0.1}}
+    site = {"python": str(python), "preflight": {"seconds": 20, "matmul_of_median": 0.01}}
     job = cluster.submit(tree(tmp_path / "run", data), site=site)
     assert job.until_ended(240) == "COMPLETED", job.story()
     assert [(r.reason, r.nodes) for r in job.restarts] == [("hardware", ("n2",))], job.story()
@@ -31,7 +31,7 @@ def test_a_bad_node_is_left_out_before_the_first_step(cluster, data, undisturbed
 
 
 def test_a_fault_of_all_nodes_ends_the_job(cluster, data, tmp_path):
-    site = {"preflight": {"disk_free_gb": 1e9}}
+    site = {"preflight": {"disk_free_gb": 1e9, "matmul_of_median": 0.01}}
     job = cluster.submit(tree(tmp_path / "run", data), site=site)
     assert job.until_ended() == "FAILED", job.story()
     assert job.restarts == []
