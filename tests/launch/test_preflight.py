@@ -389,8 +389,8 @@ def test_a_finding_that_was_cut_off_counts_as_none(tmp_path, capsys):
 
 # Rates on the cores that all ranks share say nothing: no bound on them that a good one could miss.
 QUICK = BOUNDS._replace(
-    seconds=30.0,
-    start_seconds=60.0,
+    seconds=20.0,
+    start_seconds=40.0,
     matmul_of_median=0.01,
     all_reduce_gb_per_s=None,
     disk_mb_per_s=None,
