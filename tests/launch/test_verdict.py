@@ -185,6 +185,19 @@ def test_a_job_that_slurm_queues_again_for_ever_is_ended(job, capsys):
     assert "restarted 3 times" in last.err
 
 
+def test_a_torn_line_of_the_restarts_counts_for_nothing(job, tmp_path, capsys):
+    job(0, "begin")
+    job(0, "end", "--code", "143")
+    (tmp_path / "restarts.tsv").open("a").write("2026-11-22T14:00:00Z\t7\t0\t0\tcra")
+    job(1, "begin")
+    job(1, "end", "--code", "143")
+    assert capsys.readouterr().out.split("\n") == ["go 0 -", "again 143 -"] * 2 + [""]
+    assert [(r.life, r.reason) for r in verdict.read_history(tmp_path, ["7"])] == [
+        (0, "no rank started"),
+        (1, "no rank started"),
+    ]
+
+
 def test_on_a_full_disk_a_job_ends(job, tmp_path, monkeypatch, capsys):
     mine = job(0, "begin")
     mine.path("failure").touch()  # made, and then there was no room for its words

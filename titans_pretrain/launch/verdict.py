@@ -168,7 +168,10 @@ def read_history(run: Path, jobs: Sequence[str]) -> list[Restart]:
     path = run / "restarts.tsv"
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        when, name, life, step, reason, nodes = line.split("\t")
+        fields = line.split("\t")
+        if len(fields) != 6:
+            continue  # its node was lost as it wrote this
+        when, name, life, step, reason, nodes = fields
         if name in jobs:
             named = tuple(n for n in nodes.split(",") if n)
             found.append(Restart(when, name, int(life), int(step), reason, named))
@@ -181,10 +184,11 @@ def _line(marks: Marks, step: int, reason: str, nodes: tuple[str, ...]) -> Resta
 
 
 def _note(run: Path, r: Restart) -> None:
-    with (run / "restarts.tsv").open("a", encoding="utf-8") as file:
-        file.write(
-            "\t".join((r.time, r.job, str(r.life), str(r.step), r.reason, ",".join(r.nodes))) + "\n"
-        )
+    path = run / "restarts.tsv"
+    line = "\t".join((r.time, r.job, str(r.life), str(r.step), r.reason, ",".join(r.nodes))) + "\n"
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" * torn + line)
 
 
 def begin(marks: Marks, chain: Sequence[str]) -> Verdict:
