@@ -92,7 +92,7 @@ class Cluster:
         said = self.titans("submit", config, *nodes, "--site", place, *options)
         assert said.returncode == 0, said.stdout + said.stderr
         run = self.outside(Path(tree["folder"]).absolute())
-        return Job(self, run, sorted((run / "jobs").glob("*/id"))[-1].read_text().strip())
+        return Job(self, run, sorted((run / "jobs").glob("*/id"))[-1].read_text().split()[0])
 
     def nodes_of(self, job: str) -> list[str]:
         listed = self("run", "squeue", "-h", "-t", "all", "-j", job, "-o", "%N").strip()
