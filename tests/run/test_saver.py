@@ -395,18 +395,18 @@ def test_a_rank_that_leaves_alone_gives_its_save_up_and_ends_in_order(tmp_path: 
 
 def counted(folder: Path) -> Any:
     """Bytes of the host copy and the peak of the writing thread, over three saves."""
-    original, peaks, copies = checkpoint.write, [], []
+    original, peaks, copies = checkpoint.save, [], []
 
-    def watched(fragments: list[Fragment], *more: Any) -> dict[str, str]:
+    def watched(checkpoints: Path, state: State, fragments: list[Fragment], *more: Any) -> Path:
         tensors = [t for f in fragments for t in f.tensors.values()]
         held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         copies.append(held)
         with LiveBytes() as live:
-            digests = original(fragments, *more)
+            path = original(checkpoints, state, fragments, *more)
         peaks.append(live.peak)
-        return digests
+        return path
 
-    checkpoint.write = watched
+    checkpoint.save = watched
     run = Started(folder)
     run.flats, run.fragments = large(run.world)
     ours = {f.untyped_storage().data_ptr() for f in run.flats.values()}

@@ -135,19 +135,20 @@ class Saver:
         began = time.perf_counter()
         self._wait_for_earlier(state["step"])
         if self._config.mode == "sync":
-            put = partial(checkpoint.write, fragments, tensors, self._world, self._go_on)
-            path = self._complete(state, put)
+            path = self._complete(state, self._write(state, fragments, tensors))
             stalled = time.perf_counter() - began
             self._tell(Saved(state["step"], path, stalled, 0.0, time.time()))
             return stalled
         kept = copy.deepcopy(state)
         if self._disk is not None:
             written = self._disk.write(state["step"], fragments, tensors, self._go_on)
-            put = partial(self._disk.bring, written, self._go_on)
+            bring = partial(self._disk.bring, written, self._go_on)
+            write = partial(
+                checkpoint.assemble, self._checkpoints, kept, bring, self._world, self._still_mine
+            )
         else:
-            ours = self._copy(fragments, tensors)
-            put = partial(checkpoint.write, *ours, self._world, self._go_on)
-        act = partial(self._complete, kept, put)
+            write = self._write(kept, *self._copy(fragments, tensors))
+        act = partial(self._complete, kept, write)
         self._job = _Job(act, state["step"], began)
         self._job.start()
         return self._job.stalled
@@ -201,8 +202,14 @@ class Saver:
         owned = [replace(f, tensors=copied) for f, copied in zip(fragments, host["owned"])]
         return owned, host["tensors"]
 
-    def _complete(self, state: dict[str, Any], put: Callable[[Path], dict[str, str]]) -> Path:
-        path = checkpoint.assemble(self._checkpoints, state, put, self._world, self._still_mine)
+    def _write(
+        self, state: dict[str, Any], fragments: Sequence[Fragment], tensors: dict[str, torch.Tensor]
+    ) -> partial[Path]:
+        ours = (self._checkpoints, state, fragments, tensors, self._world)
+        return partial(checkpoint.save, *ours, self._still_mine, self._go_on)
+
+    def _complete(self, state: dict[str, Any], write: Callable[[], Path]) -> Path:
+        path = write()
         if self._world.rank == 0:
             checkpoint.prune(self._checkpoints, self._config, state["step"])
         return path
