@@ -29,6 +29,7 @@ from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import ConfigError
 from titans_pretrain.parallel.layout import plan_layout
 
+CALMER = 0.3  # heat of the weights where all of it makes a case ill-conditioned
 VARIANTS = ("mac", "mag", "mal", "lmm", "transformer")
 
 
@@ -69,6 +70,21 @@ def rounding(config: RunConfig, name: str, seeds: int = 3) -> float:
     return max(found)
 
 
+def settled(config: RunConfig, ranks: int) -> tuple[float, str]:
+    """How far a layout is from the plain process, and that in words. Sixteen blocks whose memories
+    each make much of the last one's rounding say nothing: where rounding alone goes beyond the
+    tolerance, the layout has to hold it with calmer weights."""
+    off, name = worst(compare(config, ranks, timeout=1800))
+    if off <= TOLERANCE:
+        return off, f"{off:.0e}"
+    alone = rounding(config, name)
+    if alone <= TOLERANCE:
+        return off, f"**{off:.0e}** {name} (rounding alone: {alone:.0e})"
+    calmer, name = worst(compare(config, ranks, timeout=1800, heat=CALMER))
+    told = f"{calmer:.0e}" if calmer <= TOLERANCE else f"**{calmer:.0e}** {name}"
+    return calmer, f"{told} (calmer; else {off:.0e}, rounding alone {alone:.0e})"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, default=8, metavar="N", help="at most; default 8")
@@ -91,20 +107,15 @@ def main() -> int:
     for done, (layout, ranks, parallel) in enumerate(cases, 1):
         cells = []
         for variant in wanted:
-            off, name = worst(compare(parity_config(variant, parallel), ranks, timeout=1800))
-            if off <= TOLERANCE:
-                cells.append(f"{off:.0e}")
-                continue
-            alone = rounding(parity_config(variant, parallel), name)
-            bad += not off <= alone
-            cells.append(f"**{off:.0e}** {name} (rounding alone: {alone:.0e})")
+            off, told = settled(parity_config(variant, parallel), ranks)
+            bad += not off <= TOLERANCE
+            cells.append(told)
         left = (time.monotonic() - began) / done * (len(cases) - done)
         name = layout.describe().replace(", ZeRO-1", "")
         print(f"| {name} | {ranks} | {' | '.join(cells)} |", flush=True)
         print(f"{done}/{len(cases)}, {left / 60:.0f} minutes to go", file=sys.stderr, flush=True)
     cases_run = len(cases) * len(wanted)
-    told = f"{bad} beyond {TOLERANCE:.0e} and beyond what rounding alone does"
-    print(f"\n{len(cases)} layouts, {cases_run} cases, {told}")
+    print(f"\n{len(cases)} layouts, {cases_run} cases, {bad} beyond {TOLERANCE:.0e}")
     return 1 if bad else 0
 
 

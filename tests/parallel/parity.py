@@ -20,7 +20,7 @@ from tests.worlds import run_world
 from titans_pretrain.config import RunConfig
 from titans_pretrain.data.batch import Batch, concatenate
 from titans_pretrain.model.loss import token_loss, z_penalty
-from titans_pretrain.model.titans import map_state
+from titans_pretrain.model.titans import TitansLM, initialise, map_state
 from titans_pretrain.parallel.context import hand_on, shard
 from titans_pretrain.parallel.layout import Layout, Shard, plan_layout
 from titans_pretrain.parallel.link import Link
@@ -56,18 +56,22 @@ def parity_config(variant: str, parallel: dict[str, Any], **changes: Any) -> Run
     return tiny_config(**{**model, **changes})
 
 
-def values_of(config: RunConfig) -> dict[str, torch.Tensor]:
-    """The weights of both sides, by unsharded name."""
-    return {n: p.detach().clone() for n, p in hot_model(config.model).named_parameters()}
+def values_of(config: RunConfig, heat: float = 1.0) -> dict[str, torch.Tensor]:
+    """The weights of both sides, by unsharded name. heat: 0 is a model as it is initialised, whose
+    memory is hardly heard; 1 one whose memories are, each by the next."""
+    calm = TitansLM(config.model, dtype=torch.float64)
+    initialise(calm, seed=0)
+    cold = {n: p.detach() for n, p in calm.named_parameters()}
+    hot = {n: p.detach() for n, p in hot_model(config.model).named_parameters()}
+    return {n: p.clone() if heat == 1 else cold[n].lerp(p, heat) for n, p in hot.items()}
 
 
 def plain(
     config: RunConfig, weights: dict[str, torch.Tensor] | None = None
 ) -> tuple[float, Gradients]:
     """Nats a label of step 1's rows, and the gradient of the objective."""
-    model = hot_model(config.model)
-    if weights is not None:
-        model.load_state_dict(weights)
+    model = TitansLM(config.model, dtype=torch.float64)
+    model.load_state_dict(values_of(config) if weights is None else weights)
     batch = concatenate(micro_batches(config, 1, 0, 1))
     labels, state, nats = batch.loss_mask.sum(), None, 0.0
     segments = config.parallel.segments
@@ -189,11 +193,13 @@ def compare(
     *,
     whole: bool = True,
     timeout: float = 240,
+    heat: float = 1.0,
 ) -> dict[str, float]:
     """Difference of the loss ("loss", relative) and of each gradient, relative to the largest entry
     of the plain process's; NaN where a part is missing. whole: also asserts that copies agree."""
-    nats, reference = plain(config)
-    results = run_world(divided, ranks, config, values_of(config), meddle, timeout=timeout)
+    values = values_of(config, heat)
+    nats, reference = plain(config, values)
+    results = run_world(divided, ranks, config, values, meddle, timeout=timeout)
     layout = plan_layout(config, ranks)
     found = assemble(results, reference, layout.data_parallel * layout.context, whole)
     return differences((nats, reference), *((r[0], found) for r in results))
