@@ -254,44 +254,76 @@ def torture(config: dict[str, Any], number: int, expected: Any, tell: Callable[[
     return kills
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def parse(
+    about: str | None, name: str, kills: int, arguments: Sequence[str] | None
+) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=50, help="so many in all (default: 50)")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "torture")
+    parser.add_argument(
+        "--kills", type=int, default=kills, help=f"so many in all (default: {kills})"
+    )
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / name)
     parser.add_argument("--again", action="store_true", help="count from 0")
     parser.add_argument("--only", type=int, metavar="NUMBER", help="this run alone, uncounted")
-    args = parser.parse_args(arguments)
-    count = args.folder / "count.json"
-    if args.again:
-        count.unlink(missing_ok=True)
-    args.folder.mkdir(parents=True, exist_ok=True)
-    state = json.loads(count.read_text()) if count.exists() else {"kills": 0, "runs": 0}
-    if state["kills"] >= args.kills and args.only is None:
-        print(f"{state['kills']} kills done; --kills MORE, or --again")
-        return 0
-    data = args.folder / "data"
+    return parser.parse_args(arguments)
+
+
+class Count:
+    """Kills and runs so far, kept from one call of the command to the next."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        args.folder.mkdir(parents=True, exist_ok=True)
+        self._path, self._wanted = args.folder / "count.json", args.kills
+        kept = not args.again and self._path.exists()
+        state = json.loads(self._path.read_text()) if kept else {"kills": 0, "runs": 0}
+        self.kills, self.runs = state["kills"], state["runs"]
+        self._before, self._began = self.kills, time.monotonic()
+
+    def add(self, kills: int) -> None:
+        self.kills, self.runs = self.kills + kills, self.runs + 1
+        self._path.write_text(json.dumps({"kills": self.kills, "runs": self.runs}))
+
+    @property
+    def enough(self) -> bool:
+        return self.kills >= self._wanted
+
+    def told(self, further: int = 0) -> str:
+        """How far the count is, with `further` kills that are not added yet."""
+        done = self.kills + further
+        each = (time.monotonic() - self._began) / max(1, done - self._before)
+        left = max(0, self._wanted - done) * each / 60
+        return f"kill {done}/{self._wanted}, {left:.0f} min left"
+
+
+def undisturbed(whole: dict[str, Any], data: Path) -> tuple[str, list[tuple[Any, ...]]]:
+    """What a run comes to that nobody kills; prepares its data."""
     if not (data / "manifest.json").exists():
         shutil.rmtree(data, ignore_errors=True)
-        small_dataset(args.folder)
-    whole = tree(args.folder / "whole", data)
+        small_dataset(data.parent)
     shutil.rmtree(whole["folder"], ignore_errors=True)
     finish(whole)
-    expected = result(whole["folder"])
-    before, began = state["kills"], time.monotonic()
-    while state["kills"] < args.kills:
-        number = state["runs"] if args.only is None else args.only
+    return result(whole["folder"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(__doc__, "torture", 50, arguments)
+    count = Count(args)
+    if count.enough and args.only is None:
+        print(f"{count.kills} kills done; --kills MORE, or --again")
+        return 0
+    data = args.folder / "data"
+    expected = undisturbed(tree(args.folder / "whole", data), data)
+    while not count.enough or args.only is not None:
+        number = count.runs if args.only is None else args.only
         config = tree(args.folder / f"run-{number:04d}", data)
         shutil.rmtree(config["folder"], ignore_errors=True)
-        done = state["kills"]
+        done = 0
 
         def tell(what: str) -> None:
             nonlocal done
             done += 1
-            each = (time.monotonic() - began) / (done - before)
-            left = max(0, args.kills - done) * each / 60
-            print(f"kill {done}/{args.kills}: {what}; {left:.0f} min left", flush=True)
+            print(f"{count.told(done)}: {what}", flush=True)
 
         try:
             kills = torture(config, number, expected, tell)
@@ -302,8 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shutil.rmtree(config["folder"])
         if args.only is not None:
             return 0
-        state = {"kills": state["kills"] + kills, "runs": state["runs"] + 1}
-        count.write_text(json.dumps(state))
+        count.add(kills)
     return 0
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import torture
-from tests.prepared import small_dataset, small_run
+from tests.prepared import small_run
 from tests.slurm.cluster import Cluster, Job
 
 STEPS, EVERY = 120, 20  # of a run; between two checkpoints
@@ -313,10 +313,8 @@ def main() -> int:
     if unknown:
         parser.error(f"{unknown}: choose from {', '.join(FAULTS)}")
     home = Path(tempfile.mkdtemp(prefix="faults-"))
-    data = small_dataset(home)
-    whole = tree(home / "whole", data)
-    torture.finish(whole)
-    expected, bad = torture.result(whole["folder"]), 0
+    data, bad = home / "data", 0
+    expected = torture.undisturbed(tree(home / "whole", data), data)
     cluster = Cluster()
     print("| fault | noticed after | trains again after | steps done again | the log says |")
     print("|---|---|---|---|---|")

@@ -11,19 +11,15 @@ on the number of the job alone: a failure is repeated by `--only NUMBER`.
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from tests import torture
-from tests.prepared import ROOT, small_dataset
 from tests.slurm.cluster import ENDED, Cluster, Job, why_not
 from tests.slurm.faults import STEPS, all_idle, tree
 
@@ -115,51 +111,33 @@ def disturb(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--kills", type=int, default=200, help="so many in all (default: 200)")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "kills")
-    parser.add_argument("--again", action="store_true", help="count from 0")
-    parser.add_argument("--only", type=int, metavar="NUMBER", help="this job alone, uncounted")
-    args = parser.parse_args(arguments)
+    args = torture.parse(__doc__, "kills", 200, arguments)
     if reason := why_not():
         print(f"no Slurm: {reason}", file=sys.stderr)
         return 2
-    count = args.folder / "count.json"
-    if args.again:
-        count.unlink(missing_ok=True)
-    args.folder.mkdir(parents=True, exist_ok=True)
-    state = json.loads(count.read_text()) if count.exists() else {"kills": 0, "jobs": 0}
+    count = torture.Count(args)
+    if count.enough and args.only is None:
+        print(f"{count.kills} kills done; --kills MORE, or --again")
+        return 0
     data = args.folder / "data"
-    if not (data / "manifest.json").exists():
-        shutil.rmtree(data, ignore_errors=True)
-        small_dataset(args.folder)
-    whole = tree(args.folder / "whole", data)
-    shutil.rmtree(whole["folder"], ignore_errors=True)
-    torture.finish(whole)
-    expected = torture.result(whole["folder"])
-    before, began, cluster = state["kills"], time.monotonic(), Cluster()
+    expected = torture.undisturbed(tree(args.folder / "whole", data), data)
+    cluster = Cluster()
     try:
-        while state["kills"] < args.kills:
-            number = state["jobs"] if args.only is None else args.only
+        while not count.enough or args.only is not None:
+            number = count.runs if args.only is None else args.only
             config = tree(args.folder / f"job-{number:04d}", data)
             shutil.rmtree(config["folder"], ignore_errors=True)
-            kills, _ = disturb(cluster, config, random.Random(number), print)
+            kills, _ = disturb(cluster, config, random.Random(number), partial(print, flush=True))
             got = torture.result(config["folder"])
             assert got == expected, f"job {number} is not the undisturbed run"
             shutil.rmtree(config["folder"])
             if args.only is not None:
                 return 0
-            state = {"kills": state["kills"] + kills, "jobs": state["jobs"] + 1}
-            count.write_text(json.dumps(state))
-            each = (time.monotonic() - began) / max(1, state["kills"] - before)
-            left = max(0, args.kills - state["kills"]) * each / 60
-            done = f"{state['kills']}/{args.kills} kills"
-            print(f"{done}: job {number} is bitwise the undisturbed run; {left:.0f} min left")
+            count.add(kills)
+            print(f"{count.told()}: job {number} is bitwise the undisturbed run", flush=True)
             all_idle(cluster)
     except AssertionError as e:
-        print(f"job {state['jobs']} failed, its folder stays: {e}", file=sys.stderr)
+        print(f"job {number} failed, its folder stays: {e}", file=sys.stderr)
         return 1
     finally:
         cluster.down()
