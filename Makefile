@@ -9,7 +9,7 @@ TORCH := $(shell grep '^torch==' requirements.txt)
 # What the set-up of deepspeed (a source package) imports, beside torch.
 BUILD := setuptools wheel numpy ninja packaging py-cpuinfo psutil pydantic
 
-.PHONY: pretrain environment dev test test-fast lint format fuzz golden bench board gpu-check parity torture kills clean
+.PHONY: pretrain environment dev test test-fast lint format fuzz golden bench board gpu-check parity torture faults kills clean
 
 pretrain: environment data/demo/manifest.json
 	$(BIN)/titans-pretrain train configs/demo.yaml folder=$(RUN) $(if $(RANKS),--ranks $(RANKS)) $(ARGS)
@@ -95,6 +95,10 @@ parity: dev
 # Fifty times kill -9 of a rank at a random moment; stopped, it goes on counting.
 torture: dev
 	$(BIN)/python -m tests.torture $(ARGS)
+
+# Whatever can happen to a job, on a real Slurm, which starts here (as root; ARGS: names of faults).
+faults: dev
+	$(BIN)/python -m tests.slurm.faults $(ARGS)
 
 # Two hundred kills of jobs on a real Slurm, which starts here (as root); stopped, it goes on counting.
 kills: dev
