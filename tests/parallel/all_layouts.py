@@ -72,13 +72,13 @@ def rounding(config: RunConfig, name: str, seeds: int = 3) -> float:
 
 def settled(config: RunConfig, ranks: int) -> tuple[float, str]:
     """How far a layout is from the plain process, and that in words. Sixteen blocks whose memories
-    each make much of the last one's rounding say nothing: where rounding alone goes beyond the
-    tolerance, the layout has to hold it with calmer weights."""
+    each make much of the last one's rounding say nothing: where one rounding of the weights takes up
+    a tenth of the tolerance, the layout has to hold it with calmer ones."""
     off, name = worst(compare(config, ranks, timeout=1800))
     if off <= TOLERANCE:
         return off, f"{off:.0e}"
     alone = rounding(config, name)
-    if alone <= TOLERANCE:
+    if alone <= TOLERANCE / 10:
         return off, f"**{off:.0e}** {name} (rounding alone: {alone:.0e})"
     calmer, name = worst(compare(config, ranks, timeout=1800, heat=CALMER))
     told = f"{calmer:.0e}" if calmer <= TOLERANCE else f"**{calmer:.0e}** {name}"
