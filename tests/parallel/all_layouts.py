@@ -72,8 +72,8 @@ def rounding(config: RunConfig, name: str, seeds: int = 3) -> float:
 
 def settled(config: RunConfig, ranks: int) -> tuple[float, str]:
     """How far a layout is from the plain process, and that in words. Sixteen blocks whose memories
-    each make much of the last one's rounding say nothing: where one rounding of the weights takes up
-    a tenth of the tolerance, the layout has to hold it with calmer ones."""
+    each make much of the last one's rounding say nothing: where one rounding of the weights takes
+    up a tenth of the tolerance, the layout has to hold it with calmer ones."""
     off, name = worst(compare(config, ranks, timeout=1800))
     if off <= TOLERANCE:
         return off, f"{off:.0e}"

@@ -85,7 +85,7 @@ def strike(cluster: Cluster, fault: Fault, job: Job) -> Told:
             state = job.until_ended()
             fault.undo(cluster, made)
             assert (state, job.restarts) == (fault.state, []), job.story()
-            return Told(None, None, 0, "")
+            return Told(None, None, 0, said(fault, job))
         noticed = job.until("the life is over", lambda: over(job), fault.within)
         reached, saved = job.step, job.saved
         assert 0 <= reached - saved <= fault.loses, (reached, saved, job.story())
@@ -208,6 +208,16 @@ def reach_time_limit(cluster: Cluster, job: Job) -> None:
     job.until("Slurm signals", lambda: "on request" in job.log, 100)
 
 
+def slow_down(cluster: Cluster, job: Job) -> None:
+    """A rank gets a quarter of its time until somebody has noticed."""
+    node, pid = job.rank_pid(1)
+    turn = f"kill -STOP {pid}; sleep 0.3; kill -CONT {pid}; sleep 0.1"
+    began = time.monotonic()
+    while "is slow" not in job.log:
+        assert time.monotonic() < began + 60, job.story()
+        cluster("on", node, "bash", "-c", f"for i in 1 2 3 4 5; do {turn}; done")
+
+
 def all_idle(cluster: Cluster, seconds: float = 60.0, but: int = 0) -> None:
     deadline = time.monotonic() + seconds
     while cluster.idle() < 4 - but:
@@ -300,6 +310,14 @@ FAULTS = {
         then="ends",
         state="FAILED",
         small=True,
+    ),
+    "slow": Fault(
+        "a rank is slow",
+        slow_down,
+        "",
+        then="goes on",
+        reads=("rank 1 on n2 is slow",),
+        changes={"log__straggler": {"every": 2, "looks": 2}},
     ),
     "controller": Fault("Slurm's controller restarts", restart_controller, "", then="goes on"),
 }
