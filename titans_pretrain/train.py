@@ -65,7 +65,7 @@ def run_training(
         stop_request() as stop,
         Watchdog(config) as watchdog,
         contextlib.ExitStack() as leaving,
-        Failing(config) as failing,
+        Failing(config, watchdog.lost) as failing,
     ):
         said = dump_config(config)
         world = failing.joined(start_world(config.train, layout, watchdog.timeout_s, said))

@@ -41,6 +41,15 @@ def test_a_program_at_fault_stays_what_it_is(failing, said):
         raise torch.AcceleratorError(said + ASYNC)
 
 
+def test_a_lost_peer_is_told_to_who_reports(tmp_path):
+    told = []
+    config = parse_config(small_run(tmp_path / "run", tmp_path), "test")
+    gone = RuntimeError("Connection reset by peer [10.0.0.2]:4242")
+    with pytest.raises(LostPeerError), Failing(config, told.append):
+        raise gone
+    assert told == [gone]
+
+
 def test_a_lost_peer_names_nobody(failing):
     with pytest.raises(LostPeerError) as caught, failing:
         raise RuntimeError("Connection closed by peer [10.0.0.2]:4242")

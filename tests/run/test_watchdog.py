@@ -166,6 +166,27 @@ def test_the_report_of_a_rank_alone(
     assert told.startswith("titans-pretrain: hang: rank 3 on ") and str(path) in told
 
 
+def fails_here() -> None:
+    raise RuntimeError("Connection closed by peer [10.0.0.2]:4242\nand more")
+
+
+def test_a_lost_rank_is_told_of_once(tmp_path: Path) -> None:
+    batches: Any = [SimpleNamespace(samples=torch.tensor([40, 41]))]
+    for _ in range(2):  # two that are left
+        dog = watchdog(tmp_path, [])
+        dog.fed(batches)
+        with pytest.raises(RuntimeError) as met:
+            fails_here()
+        dog.lost(met.value)
+    (path,) = tmp_path.glob("lost-rank-*")
+    text = path.read_text()
+    assert path.name == "lost-rank-life-000000.txt"
+    assert "left with exit code 76: another rank is gone" in text.splitlines()[0]
+    assert "why:        lost another rank: Connection closed by peer [10.0.0.2]:4242\n" in text
+    assert "samples:    40 41\n" in text and "in fails_here" in text
+    assert "waits in:" not in text
+
+
 def test_a_job_script_is_told_of_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TITANS_RUN", str(tmp_path))
     monkeypatch.setenv("TITANS_JOB", "7.2")

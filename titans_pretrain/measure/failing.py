@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 
 import psutil
@@ -36,10 +37,16 @@ _GONE = ("closed by peer", "reset by peer", "refused", "imed out")
 class Failing:
     """A block inside which a failed allocation becomes OutOfMemoryError on all ranks, a broken
     device NodeError with its node, and a peer that is gone its error, or LostPeerError if it left
-    without a word."""
+    without a word.
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
+    Args:
+        lost: is called with the error that tells of such a peer.
+    """
+
+    def __init__(
+        self, config: RunConfig, lost: Callable[[BaseException], None] = lambda error: None
+    ) -> None:
+        self.config, self._tell_lost = config, lost
         self.step: TrainStep | None = None  # once it is built
         self._world: World | None = None
         self._peers: Peers | None = None
@@ -95,7 +102,10 @@ class Failing:
     def _lost(self, error: RuntimeError) -> TitansError:
         logger.warning("lost another rank", exc_info=error)
         told = self._peers.failure(wait=2.0) if self._peers is not None else None
-        return told or LostPeerError(
+        if told is not None:
+            return told
+        self._tell_lost(error)
+        return LostPeerError(
             f"lost another rank: {str(error).strip().splitlines()[0]}",
             "all ranks live as long as the run",
             "the first rank to fail says why (logs/); start again: the run goes on from its last "

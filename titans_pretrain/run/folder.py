@@ -9,6 +9,7 @@ samples.jsonl         text generated at validations
 stop                  the run is to save and end for good (titans-pretrain stop)
 restarts.tsv          why Slurm jobs of the run were queued again (see launch/verdict.py)
 failure-*-rank-*.txt  where a rank stood that the watchdog ended (see watchdog.py)
+lost-rank-life-*.txt  where one stood as another was gone without a word
 checkpoints/  tensorboard/  logs/rank-00000.log
 jobs/                 code, config and script of each Slurm job, and its marks (see marks.py)
 """

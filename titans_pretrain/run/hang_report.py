@@ -73,28 +73,45 @@ def describe(
     seen: Sequence[Seen],
     silent: float,
     batches: Sequence[Batch],
+    lost: BaseException | None = None,
 ) -> str:
-    """The report of this rank. `silent`: seconds that make a rank one that is not heard of."""
+    """The report of this rank.
+
+    Args:
+        silent: seconds that make a rank one that is not heard of.
+        lost: what this rank met as another was gone; None: its watchdog ends it.
+    """
     job = os.environ.get("SLURM_JOB_ID")
     who = f"rank {mine.rank} of {size} on {mine.host}, pid {mine.pid}"
+    ended = "ended by its watchdog with exit code 77"
+    if lost is not None:
+        ended = "left with exit code 76: another rank is gone"
     lines = [
-        f"{who}{f', job {job}' if job else ''}, ended by its watchdog with exit code 77",
+        f"{who}{f', job {job}' if job else ''}, {ended}",
         f"time:       {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())}",
         f"why:        {why}",
         f"this rank:  {mine.place}; no progress for {mine.still:.0f} s",
-        f"waits in:   {_collective() or 'no collective (see the main thread)'}",
+        *(
+            []
+            if lost
+            else [f"waits in:   {_collective() or 'no collective (see the main thread)'}"]
+        ),
         f"samples:    {_samples(batches)}",
     ]
-    if seen:
+    if seen and lost is None:
         waited_for = behind(seen, silent) or ["none: all stand alike, and wait for each other"]
         lines += ["", "waited for:", *(f"  {line}" for line in waited_for)]
+    if seen:
         lines += ["", "ranks, as last heard:"]
         lines += [
             f"  rank {s.beat.rank} on {s.beat.host} (pid {s.beat.pid}), {s.silent:.0f} s ago: "
             f"{s.beat.state or _at(s.beat)}"
             for s in seen
         ]
-    lines += ["", *_recorded(), *_stacks()]
+    lines += ["", *_recorded()]
+    if lost is not None:
+        lines += ["where this rank met it:", *_indented(traceback.format_exception(lost)), ""]
+    lines += _stacks()
     return "\n".join(lines) + "\n"
 
 
@@ -160,6 +177,10 @@ def _recorded() -> list[str]:
         for e in open_[-_LAST:]
     ]
     return ["torch's flight recorder, what is not done:", *lines, ""] if lines else []
+
+
+def _indented(texts: Sequence[str]) -> list[str]:
+    return [f"  {line}" for line in "".join(texts).splitlines()]
 
 
 def _stacks() -> Iterator[str]:

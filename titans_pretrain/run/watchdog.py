@@ -33,6 +33,7 @@ from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import EXIT_HANG, HangError, NodeError
 from titans_pretrain.run import marks
 from titans_pretrain.run.hang_report import behind, describe, main_thread_waits_in, words
+from titans_pretrain.run.lock import newest_claim
 from titans_pretrain.run.roll import LEFT, Beat, Roll, Seen
 
 if TYPE_CHECKING:
@@ -81,6 +82,23 @@ class Watchdog:
     def fed(self, micro_batches: Sequence[Batch]) -> None:
         """The batches that the step about to begin is made of."""
         self._fed, self._batches = self._fed + 1, micro_batches
+
+    def lost(self, error: BaseException) -> None:
+        """Another rank is gone without a word: writes where this one stood, as the first of those
+        that are left, to lost-rank-life-<life>.txt."""
+        seen = self._roll.seen() if self._roll is not None else []
+        why = f"lost another rank: {str(error).strip().splitlines()[0]}"
+        limits = (4 * self._every, self._batches)
+        text = describe(self._mine(), self._size, why, seen, *limits, lost=error)
+        try:
+            claim = newest_claim(self._folder)
+            life = claim.life if claim is not None else 0
+            with (self._folder / f"lost-rank-life-{life:06d}.txt").open("x") as file:
+                file.write(text)
+        except FileExistsError:
+            return  # another rank was first
+        except OSError as e:
+            logger.warning("%s: not written: %s", e.filename, e.strerror)
 
     def __enter__(self) -> Watchdog:
         phases.at_step(0)
