@@ -71,7 +71,10 @@ def plain(
 ) -> tuple[float, Gradients]:
     """Nats a label of step 1's rows, and the gradient of the objective."""
     model = TitansLM(config.model, dtype=torch.float64)
-    model.load_state_dict(values_of(config) if weights is None else weights)
+    values = values_of(config) if weights is None else weights
+    with torch.no_grad():
+        for name, p in model.named_parameters():  # a tied head has one name
+            p.copy_(values[name])
     batch = concatenate(micro_batches(config, 1, 0, 1))
     labels, state, nats = batch.loss_mask.sum(), None, 0.0
     segments = config.parallel.segments
