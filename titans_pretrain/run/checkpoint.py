@@ -91,15 +91,26 @@ def write(
     world: World,
     go_on: Callable[[], None],
     folder: Path,
-    node: str = "",
 ) -> dict[str, str]:
-    """Collective. Writes this rank's tensors into `folder`: the sha256 of each of its files.
-    `node`: this one, where `folder` lies on its own disk."""
+    """Collective. Writes this rank's tensors into `folder`: the sha256 of each of its files."""
+    write_files(fragments, tensors, world, go_on, folder)
+    return {path.name: _sha256(path) for path in files_of(folder, world.rank)}
+
+
+def write_files(
+    fragments: Sequence[Fragment],
+    tensors: dict[str, torch.Tensor],
+    world: World,
+    go_on: Callable[[], None],
+    folder: Path,
+    node: str = "",
+) -> None:
+    """`write` without reading the files again. `node`: this one, where `folder` lies on its own
+    disk."""
     try:
         dcp.save_tensors(folder, fragments, tensors, world.group, go_on)
     except CheckpointException as e:
         raise _not_written(_first_cause(e), node if world.rank in e.failures else "") from e
-    return {path.name: _sha256(path) for path in files_of(folder, world.rank)}
 
 
 def files_of(folder: Path, rank: int) -> list[Path]:

@@ -65,7 +65,7 @@ class LocalDisk:
 
         def act() -> None:
             folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.write(fragments, tensors, self._world, go_on, folder, this_node())
+            checkpoint.write_files(fragments, tensors, self._world, go_on, folder, this_node())
 
         try:
             self._world.agree(checkpoint.told(act, self._world, this_node()))
