@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV ?= .venv
 RUN ?= runs/demo
 RANKS ?= 2
+# Processes that run tests side by side (a file's tests stay together).
+WORKERS ?= 2
 ARGS ?=
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' requirements.txt)
@@ -43,10 +45,10 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.package
 	touch $@
 
 test: dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-fast: dev
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
 
 lint: dev
 	$(BIN)/ruff check
@@ -59,7 +61,7 @@ format: dev
 
 # Fresh random cases of the property tests, more of them.
 fuzz: dev
-	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -m "not slow" $(ARGS)
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
 
 # Records the golden curves anew; tests/golden/record.py says when that is right.
 golden: dev

@@ -3,8 +3,8 @@
     pytest -p tests.ci_plugin --time-limit SECONDS
 
 A test that was skipped and is not marked `cuda` fails the session; skips are listed in either case.
-At the limit the running test and the slowest so far are named and the session ends; if the running
-test does not let go, the process is ended.
+At the limit the running tests (with pytest -n one a worker) and the slowest so far are named and
+the session ends; if a running test does not let go, the process is ended.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Watch:
 
     def __init__(self, limit: float, patience: float = PATIENCE) -> None:
         self.limit, self.patience = limit, patience
-        self.running = ""
+        self.running: list[str] = []  # as many as there are workers
         self.durations: dict[str, float] = {}
         self.skips: list[tuple[str, str, bool]] = []  # test, reason, allowed
         self.timed_out = False
@@ -38,7 +38,10 @@ class Watch:
         self.timer.start()
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.running = nodeid
+        self.running.append(nodeid)
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self.running.remove(nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         so_far = self.durations.get(report.nodeid, 0.0)
@@ -48,7 +51,9 @@ class Watch:
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.skipped:
-            self.skips.append((report.nodeid, _reason(report), False))
+            skip = (report.nodeid, _reason(report), False)
+            if skip not in self.skips:  # each worker collects
+                self.skips.append(skip)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         self.timer.cancel()
@@ -68,8 +73,9 @@ class Watch:
 
     def slowest(self) -> list[str]:
         ranked = sorted(self.durations.items(), key=lambda item: -item[1])[:NAMED]
+        running = ", ".join(self.running) or "no test"
         return [
-            f"stopped after {self.limit:.0f} s in {self.running or 'no test'}; slowest so far:",
+            f"stopped after {self.limit:.0f} s in {running}; slowest so far:",
             *(f"{seconds:8.1f} s  {test}" for test, seconds in ranked),
         ]
 

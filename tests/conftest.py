@@ -1,6 +1,9 @@
-"""Shared test settings: deterministic property tests, one thread, no test that changes the next."""
+"""Shared test settings: deterministic property tests, one thread, no test that changes the next;
+and, with several workers (pytest -n), who takes which tests."""
 
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -9,6 +12,8 @@ settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25
 settings.register_profile("fuzz", derandomize=False, deadline=None, max_examples=200)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SLURM = Path(__file__).parent / "slurm"
 
 WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -22,3 +27,24 @@ def no_world_left_behind():
     for name, value in before.items():
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     assert after == before, "a world was started in the tests' own process: use worlds.run_world"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: the last ones to be handed out are short, so that no worker is left alone
+    with a long one. Slurm's tests mostly wait: whatever is computed beside them costs nothing."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (SLURM not in item.path.parents, item.path not in long))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests share what they set up and stay together; all of Slurm's share one cluster."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "tests/slurm" if file.startswith("tests/slurm/") else file
+
+    config.option.loadscopereorder = False  # the order is that of the collection
+    return ByFile(config, log)

@@ -66,6 +66,18 @@ def test_the_time_limit_names_the_running_and_the_slowest_test(tmp_path):
     assert "= 1 passed in" in out.stdout.splitlines()[-1]
 
 
+def test_with_two_workers_all_that_runs_is_named_and_a_skip_of_a_module_once(tmp_path):
+    (tmp_path / "test_skipped.py").write_text(
+        "import pytest\npytest.skip('t', allow_module_level=True)"
+    )
+    (tmp_path / "test_other.py").write_text("import time\ndef test_b(): time.sleep(30)\n")
+    out = _pytest(tmp_path, "def test_a(): time.sleep(30)\n", "-n", "2", "--time-limit", "12")
+    assert out.returncode == 2
+    named = out.stderr.split("stopped after 12 s in ")[1].split(";")[0]
+    assert sorted(named.split(", ")) == ["test_it.py::test_a", "test_other.py::test_b"]
+    assert out.stdout.count("NOT ALLOWED (only cuda tests may be skipped): test_skipped.py") == 1
+
+
 def test_a_test_that_does_not_let_go_is_ended(tmp_path):
     source = (
         f"def test_a(request):\n    stop = {STOP.removesuffix('()')}\n"

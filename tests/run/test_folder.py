@@ -142,6 +142,15 @@ def test_the_heartbeat_touches_the_claim_and_stops_when_it_is_cleared(tmp_path):
     assert _locks(tmp_path) == ["lock.000002"]
 
 
+def test_a_claim_brought_back_by_a_beat_goes_again_and_the_beat_stops(tmp_path):
+    old = RunFolder(tmp_path).take(beat=0.05)
+    # What a beat leaves that was renaming its file while the newer life cleared it.
+    (tmp_path / "lock.000002").write_text(_claim_text(life=2))
+    old._thread.join(timeout=10)
+    assert not old._thread.is_alive()
+    assert _locks(tmp_path) == ["lock.000002"]
+
+
 def _claim_text(life: int, **values: object) -> str:
     claim = lock_module.Claim.of_this_process(life)
     return json.dumps({**claim.__dict__, **values})

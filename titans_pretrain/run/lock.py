@@ -155,6 +155,8 @@ class RunLock:
         while not self._end.wait(self._beat):
             try:
                 self._write(self._claim)
+                if self._is_overtaken():
+                    return
             except FileNotFoundError:
                 return  # a newer life has cleared our claim
             except OSError as e:  # a full disk must not look like a dead process
@@ -163,6 +165,14 @@ class RunLock:
                     self._touch()
                 except OSError as again:
                     _log.warning("heartbeat of %s: %s", self._path, again)
+
+    def _is_overtaken(self) -> bool:
+        """Whether a newer life holds the folder. It may have cleared our claim while we wrote it,
+        between our last look and the rename: what that brought back goes again."""
+        if max(_claims(self._folder), default=0) <= self.life:
+            return False
+        self._path.unlink(missing_ok=True)
+        return True
 
     def _touch(self) -> None:
         os.utime(self._path)
