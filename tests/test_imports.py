@@ -5,6 +5,7 @@ which are named in their own places alone.
 """
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,17 +22,23 @@ ARROWS = {
     "model": ("config", "errors", "memory"),
     "parallel": ("config", "errors", "data.batch", "phases"),
     "phases": (),
+    "cut": ("config", "model.counts", "parallel.layout"),
     "run": ("config", "errors", "parallel.layout", "phases"),
     "launch": ("config", "errors", "run", "parallel.layout"),
     "measure": (
         *("config", "errors", "data", "memory", "model", "parallel", "run", "launch"),
         *("phases", "feed", "step", "watch"),
     ),
+    "estimate": (
+        *("config", "errors", "cut", "memory.sizes"),
+        *("model.counts", "model.saved", "model.shapes"),
+        *("parallel.layout", "parallel.legal", "parallel.plan", "parallel.wavefront"),
+    ),
     "evaluate": ("config", "errors", "data", "model", "run"),
 }
 # Engine -> where it may be imported (files or folders).
 ENGINES = {
-    "megatron": ("parallel/",),
+    "megatron": ("parallel/megatron.py",),
     "deepspeed": (
         "parallel/zero.py",
         "parallel/compat.py",
@@ -122,6 +129,8 @@ def test_the_package_keeps_to_its_arrows():
         ("model/titans.py", "from ..parallel.world import World"),
         ("model/titans.py", "from titans_pretrain import parallel"),
         ("model/titans.py", "import megatron.core"),
+        ("parallel/tensor.py", "import megatron.core"),
+        ("estimate/pace.py", "from titans_pretrain.parallel import tensor"),
         ("data/stream.py", "from titans_pretrain.run import folder"),
         ("parallel/pipeline.py", "import deepspeed"),
         ("parallel/plan.py", "from titans_pretrain.model.titans import TitansLM"),
@@ -148,9 +157,24 @@ def test_each_rule_is_held(path, source):
         ("run/x.py", "if TYPE_CHECKING:\n    from titans_pretrain.parallel.world import World"),
         ("train.py", "from titans_pretrain.parallel import world\nimport titans_pretrain.run.lock"),
         ("cli.py", "from titans_pretrain.train import run_training"),
-        ("parallel/tensor.py", "from megatron.core import tensor_parallel"),
+        ("parallel/megatron.py", "from megatron.core import tensor_parallel"),
         ("data/inspect.py", "from .manifest import load_manifest"),
     ],
 )
 def test_and_allows_what_it_should(path, source):
     assert violations({path: source}) == []
+
+
+def test_no_rank_imports_torch_s_compiler_as_it_starts():
+    """It takes longer to import than all else together; megatron-core would, for layers unused."""
+    code = "import sys, titans_pretrain.train as _; print('torch._inductor' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert out.stdout.split() == ["False"], out.stderr
+
+
+def test_arithmetic_of_layouts_and_models_needs_no_torch():
+    modules = "parallel.layout parallel.wavefront parallel.plan model.saved model.shapes cut"
+    code = "\n".join(f"import titans_pretrain.{name}" for name in modules.split())
+    code += "\nimport sys; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert out.stdout.split() == ["False"], out.stderr

@@ -10,7 +10,8 @@ import torch
 from titans_pretrain.config import ModelConfig, RunConfig, dump_config
 from titans_pretrain.data.manifest import Manifest
 from titans_pretrain.model.counts import flops_per_token, parameter_count
-from titans_pretrain.model.titans import TitansLM, kind
+from titans_pretrain.model.shapes import kind
+from titans_pretrain.model.titans import TitansLM
 from titans_pretrain.parallel.world import World
 
 

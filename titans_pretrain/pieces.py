@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from titans_pretrain.config import ModelConfig
-from titans_pretrain.model.counts import flops_per_token
+from titans_pretrain.cut import cut_blocks
 from titans_pretrain.model.titans import TitansLM, draw
-from titans_pretrain.parallel.layout import Layout, Shard, split_blocks
+from titans_pretrain.parallel.layout import Layout, Shard
 from titans_pretrain.parallel.plan import plan_of, styles
 from titans_pretrain.parallel.tensor import fill, mark, shard_model, shards_of
 
@@ -40,15 +40,6 @@ class Pieces:
         return iter(self.pieces)
 
 
-def cut_blocks(config: ModelConfig, layout: Layout, sequence_length: int) -> list[range]:
-    """The blocks of each piece, in order, so that the dearest piece is as cheap as can be; FLOPs
-    decide (model/counts.py)."""
-    flops = flops_per_token(config, sequence_length)
-    head = flops.pop("head")
-    block = sum(flops.values()) / config.blocks
-    return split_blocks([block] * config.blocks, head, layout.pieces)
-
-
 def build_pieces(
     config: ModelConfig,
     layout: Layout,
@@ -69,7 +60,7 @@ def build_pieces(
     shapes = {name: tuple(p.shape) for name, p in whole.named_parameters()}
     style = styles(plan_of(config, sequence=layout.parallel.sequence), shapes, layout.tensor)
     names = {HEAD: EMBEDDING} if config.tied_embeddings else {}
-    place, cuts = layout.place(rank), cut_blocks(config, layout, sequence_length)
+    place, cuts = layout.place(rank), cut_blocks(config, layout.pieces, sequence_length)
     built: list[Piece] = []
     for number in range(place.pipeline, layout.pieces, layout.pipeline):
         first, last = number == 0, number == layout.pieces - 1

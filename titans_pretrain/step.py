@@ -14,7 +14,8 @@ from titans_pretrain.config import ModelConfig, RunConfig
 from titans_pretrain.data.batch import Batch, uncounted
 from titans_pretrain.errors import DivergedError
 from titans_pretrain.model.loss import token_loss, z_penalty
-from titans_pretrain.model.titans import TitansLM, initialise, kind
+from titans_pretrain.model.shapes import kind
+from titans_pretrain.model.titans import TitansLM, initialise
 from titans_pretrain.parallel.context import hand_on, shard
 from titans_pretrain.parallel.layout import Layout
 from titans_pretrain.parallel.link import Link

@@ -33,7 +33,8 @@ from titans_pretrain.launch.local import as_ranks
 from titans_pretrain.measure.made import made_batches
 from titans_pretrain.measure.step_benchmark import prepared
 from titans_pretrain.model.loss import token_loss, z_penalty
-from titans_pretrain.model.titans import TitansLM, initialise, kind
+from titans_pretrain.model.shapes import kind
+from titans_pretrain.model.titans import TitansLM, initialise
 from titans_pretrain.parallel.layout import Fragment, Layout, plan_layout
 from titans_pretrain.parallel.world import World, start_world, world_size
 from titans_pretrain.run import dcp

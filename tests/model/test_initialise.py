@@ -10,7 +10,8 @@ from titans_pretrain.config import OptimConfig
 from titans_pretrain.errors import ConfigError
 from titans_pretrain.memory.layer import ConvPlan
 from titans_pretrain.memory.observe import observe_memory
-from titans_pretrain.model.titans import TitansLM, draw, initialise, kind
+from titans_pretrain.model.shapes import kind
+from titans_pretrain.model.titans import TitansLM, draw, initialise
 from titans_pretrain.run.optim import param_groups
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from tests.model.helpers import hot_model
@@ -27,6 +26,7 @@ from titans_pretrain.model.titans import TitansLM, map_state
 from titans_pretrain.parallel.context import hand_on, shard
 from titans_pretrain.parallel.layout import Layout
 from titans_pretrain.parallel.link import Link
+from titans_pretrain.parallel.megatron import parallel_state
 from titans_pretrain.parallel.pipeline import Schedule, Stage
 
 

@@ -17,7 +17,8 @@ from tests.parallel.tiny import micro_batches
 from tests.worlds import run_world
 from titans_pretrain.config import RunConfig
 from titans_pretrain.measure.step_benchmark import Collectives
-from titans_pretrain.memory.layer import TAIL, MemoryLayer
+from titans_pretrain.memory.layer import MemoryLayer
+from titans_pretrain.memory.sizes import TAIL
 from titans_pretrain.model.variants import VARIANTS
 from titans_pretrain.parallel.layout import Layout, plan_layout
 

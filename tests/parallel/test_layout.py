@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from megatron.core import parallel_state
 
 from tests.parallel.tiny import tiny_config
 from tests.prepared import ROOT
@@ -25,6 +24,7 @@ from titans_pretrain.parallel.layout import (
     split_blocks,
 )
 from titans_pretrain.parallel.legal import RULES
+from titans_pretrain.parallel.megatron import parallel_state
 from titans_pretrain.parallel.world import start_world, world_size
 
 SIZES = sorted((ROOT / "configs").glob("titans-*.yaml"))

@@ -12,7 +12,7 @@ from tests.parallel.tiny import PlainRun, batch_of, micro_batches, tiny_config
 from tests.worlds import run_world
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import DivergedError
-from titans_pretrain.model.titans import kind
+from titans_pretrain.model.shapes import kind
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -9,7 +9,8 @@ import torch
 from titans_pretrain.config import RunConfig, parse_config
 from titans_pretrain.data.batch import Batch, concatenate
 from titans_pretrain.model.loss import token_loss
-from titans_pretrain.model.titans import TitansLM, kind
+from titans_pretrain.model.shapes import kind
+from titans_pretrain.model.titans import TitansLM
 from titans_pretrain.run.optim import learning_rate, param_groups
 from titans_pretrain.step import build_model
 

@@ -6,10 +6,12 @@ handed down, never fetched, never changed. Imports neither torch nor any engine.
 """
 
 from titans_pretrain.config.data import CacheConfig, DataConfig, SetConfig, SourceConfig, weight_at
+from titans_pretrain.config.hardware import Figure, HardwareConfig
 from titans_pretrain.config.load import (
     apply_override,
     dump_config,
     load_config,
+    load_hardware,
     load_site,
     parse_config,
 )
@@ -39,6 +41,8 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DivergenceConfig",
+    "Figure",
+    "HardwareConfig",
     "LogConfig",
     "MemoryConfig",
     "ModelConfig",
@@ -60,6 +64,7 @@ __all__ = [
     "apply_override",
     "dump_config",
     "load_config",
+    "load_hardware",
     "load_site",
     "parse_config",
     "weight_at",

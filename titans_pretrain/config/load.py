@@ -6,11 +6,12 @@ import difflib
 import types
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from titans_pretrain.config.hardware import HardwareConfig
 from titans_pretrain.config.run import RunConfig
 from titans_pretrain.config.site import SiteConfig
 from titans_pretrain.errors import ConfigError
@@ -26,10 +27,22 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
 def load_site(path: str | Path) -> SiteConfig:
     """Reads what a cluster is like (YAML) and validates it. Raises ConfigError."""
+    return _load(path, SiteConfig)
+
+
+def load_hardware(path: str | Path) -> HardwareConfig:
+    """Reads what a GPU and its machines can do (YAML) and validates it. Raises ConfigError."""
+    return _load(path, HardwareConfig)
+
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+def _load(path: str | Path, kind: type[Kind]) -> Kind:
     try:
-        return SiteConfig.model_validate(_read(path))
+        return kind.model_validate(_read(path))
     except ValidationError as e:
-        raise _explain(e, str(path), SiteConfig) from None
+        raise _explain(e, str(path), kind) from None
 
 
 def _read(path: str | Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from titans_pretrain.memory.chunked import chunked_memory
 from titans_pretrain.memory.observe import observed, record
 from titans_pretrain.memory.packing import PackingPlan, plan_rows
 from titans_pretrain.memory.rules import MemorySpec
+from titans_pretrain.memory.sizes import TAIL, WIDTH
 from titans_pretrain.memory.state import (
     MemoryState,
     absolute_weights,
@@ -27,9 +28,6 @@ from titans_pretrain.memory.state import (
     memory_forward,
 )
 from titans_pretrain.memory.tally import Rows
-
-WIDTH = 4  # taps of the convolutions
-TAIL = WIDTH - 1  # rows that a convolution carries on
 
 Device = torch.device | str | None
 

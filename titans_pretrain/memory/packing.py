@@ -12,21 +12,15 @@ Letters: N rows, H heads, T tokens, C chunk, M chunks in all, f features.
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from titans_pretrain.memory.sizes import runs
 from titans_pretrain.memory.state import check_positions
 
 Pairs = tuple[Tensor, Tensor]  # documents (by rank) and the rows they lie in, int64
-
-
-def runs(steps: int) -> tuple[tuple[int, int], ...]:
-    """So many steps as ~sqrt(steps) runs (first, end)."""
-    run = max(1, math.isqrt(max(steps - 1, 0)) + (steps > 1))
-    return tuple((j, min(j + run, steps)) for j in range(0, steps, run))
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ G segment, P persistent tokens, R memory tokens of a segment, T tokens of a docu
 from __future__ import annotations
 
 from titans_pretrain.config import ModelConfig
-from titans_pretrain.memory.layer import WIDTH
 from titans_pretrain.memory.rules import MemorySpec
+from titans_pretrain.memory.sizes import WIDTH
 
 GATED = ("lmm", "mal")  # variants whose memory has an output gate
 

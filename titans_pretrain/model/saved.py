@@ -8,8 +8,7 @@ copies of weights. The attention is a fused kernel: no score is kept.
 from __future__ import annotations
 
 from titans_pretrain.config import ModelConfig
-from titans_pretrain.memory.layer import TAIL, WIDTH
-from titans_pretrain.memory.packing import runs
+from titans_pretrain.memory.sizes import TAIL, WIDTH, runs
 from titans_pretrain.model.counts import memory_shapes
 
 

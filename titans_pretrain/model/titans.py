@@ -231,14 +231,3 @@ def draw(config: ModelConfig, name: str, shape: tuple[int, ...], seed: int) -> T
     if owner.endswith((".o", ".down", ".out")) and not inner:
         std /= math.sqrt(2 * config.blocks)
     return empty.normal_(0, std, generator=generator)
-
-
-def kind(name: str) -> str:
-    """The optimizer group of a parameter: "decay" | "no_decay" | "gate" | "fast_init"."""
-    if ".gates." in name:
-        return "gate"
-    if ".initial." in name:
-        return "fast_init"
-    owner, _, leaf = name.rpartition(".")
-    matrix = leaf == "weight" and not owner.endswith(("norm", "_conv"))
-    return "decay" if matrix else "no_decay"

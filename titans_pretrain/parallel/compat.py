@@ -6,12 +6,18 @@ With CUDA each of them does nothing. A canary test says when an engine stops nee
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
 from torch.overrides import TorchFunctionMode
+
+from titans_pretrain.parallel.megatron import VocabParallelCrossEntropy
+
+# DeepSpeed reads it when it is imported, and without it looks for a GPU and warns.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 class _CudaLiteralToCpu(TorchFunctionMode):

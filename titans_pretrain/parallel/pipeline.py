@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.enums import ModelType
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from titans_pretrain.data.batch import Batch
 from titans_pretrain.parallel import compat
 from titans_pretrain.parallel.layout import Layout
+from titans_pretrain.parallel.megatron import (
+    ModelType,
+    TransformerConfig,
+    get_forward_backward_func,
+    parallel_state,
+)
 from titans_pretrain.phases import phase
 
 

@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core import tensor_parallel as megatron
-from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor, nn
 
 from titans_pretrain.parallel import compat
 from titans_pretrain.parallel.layout import Layout, Shard
+from titans_pretrain.parallel.megatron import ModelParallelConfig, parallel_state
+from titans_pretrain.parallel.megatron import tensor_parallel as megatron
 from titans_pretrain.parallel.plan import AXIS, ENTRANCES, Style
 
 

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state
-from megatron.core import tensor_parallel as megatron
 from torch import Tensor, nn
 
 from titans_pretrain.parallel import compat
 from titans_pretrain.parallel.context import whole_rows
 from titans_pretrain.parallel.group import Group
 from titans_pretrain.parallel.layout import Place
+from titans_pretrain.parallel.megatron import parallel_state
+from titans_pretrain.parallel.megatron import tensor_parallel as megatron
 from titans_pretrain.parallel.pipeline import Stage
 from titans_pretrain.parallel.world import World
 

@@ -112,7 +112,7 @@ def simulate(c: Chain) -> Wave:
     went = True
     while went:
         went = sum(lane.go_on(done) for lane in lanes.values()) > 0
-    alive = max(_alive(program(c, rank, stage)) for stage, rank in lanes)
+    alive = max(most_alive(program(c, rank, stage)) for stage, rank in lanes)
     busy = sum(lane.busy for lane in lanes.values()) / len(lanes)
     acts = tuple(act for lane in lanes.values() for act in lane.done)
     if any(lane.acts for lane in lanes.values()):
@@ -184,7 +184,8 @@ def _acts(c: Chain, rank: int, stage: int) -> Iterator[tuple[str, Any]]:
         yield "tell", ("stage", way, i, stage, rank)
 
 
-def _alive(ops: list[tuple[Way, int]]) -> int:
+def most_alive(ops: list[tuple[Way, int]]) -> int:
+    """Micro-batches whose forwards are done and whose backwards are not, at most."""
     alive = most = 0
     for way, _ in ops:
         alive += 1 if way == "F" else -1

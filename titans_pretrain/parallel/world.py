@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from titans_pretrain.config import ParallelConfig, TrainConfig
 from titans_pretrain.errors import ConfigError, TitansError
 from titans_pretrain.parallel.layout import Layout, Place
+from titans_pretrain.parallel.megatron import parallel_state
 
 T = TypeVar("T")
 

@@ -15,16 +15,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import set_z3_leaf_module
-from megatron.core import parallel_state
 from torch import nn
 
 from titans_pretrain.config import ZeroConfig
-from titans_pretrain.parallel import compat
+from titans_pretrain.parallel import compat  # before DeepSpeed: it says on what that runs
+
+# isort: split
+import deepspeed
+from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import set_z3_leaf_module
+
 from titans_pretrain.parallel.layout import Fragment, Shard
+from titans_pretrain.parallel.megatron import parallel_state
 from titans_pretrain.phases import phase
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -12,7 +12,8 @@ from titans_pretrain.config import RunConfig
 from titans_pretrain.data.batch import Batch
 from titans_pretrain.measure.made import DTYPES
 from titans_pretrain.model.loss import token_loss
-from titans_pretrain.model.titans import TitansLM, initialise, kind
+from titans_pretrain.model.shapes import kind
+from titans_pretrain.model.titans import TitansLM, initialise
 from titans_pretrain.run.optim import learning_rate, param_groups
 
 
