@@ -24,15 +24,16 @@ ARROWS = {
     "phases": (),
     "cut": ("config", "model.counts", "parallel.layout"),
     "run": ("config", "errors", "parallel.layout", "phases"),
-    "launch": ("config", "errors", "run", "parallel.layout"),
+    "launch": ("config", "errors", "run", "parallel.layout", "estimate"),
     "measure": (
         *("config", "errors", "data", "memory", "model", "parallel", "run", "launch"),
-        *("phases", "feed", "step", "watch"),
+        *("phases", "feed", "step", "watch", "estimate"),
     ),
     "estimate": (
         *("config", "errors", "cut", "memory.sizes"),
         *("model.counts", "model.saved", "model.shapes"),
         *("parallel.layout", "parallel.legal", "parallel.plan", "parallel.wavefront"),
+        "measure.hardware",  # for --measure alone: it needs torch
     ),
     "evaluate": ("config", "errors", "data", "model", "run"),
 }
@@ -49,7 +50,7 @@ ENGINES = {
     "torch.utils.tensorboard": ("run/metrics.py",),
     "triton": ("memory/kernels/",),
     "pydantic": ("config/",),
-    "matplotlib": ("run/",),
+    "matplotlib": ("run/", "estimate/plot.py"),
     "zstandard": ("data/",),
     "pyarrow": ("data/parquet.py",),
 }
@@ -167,7 +168,11 @@ def test_and_allows_what_it_should(path, source):
 
 def test_no_rank_imports_torch_s_compiler_as_it_starts():
     """It takes longer to import than all else together; megatron-core would, for layers unused."""
-    code = "import sys, titans_pretrain.train as _; print('torch._inductor' in sys.modules)"
+    code = (
+        "import sys, titans_pretrain.train as _\n"
+        "import deepspeed.runtime.zero.muon.muon_optimizer  # by deepspeed.initialize\n"
+        "print('torch._inductor.compile_fx' in sys.modules)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert out.stdout.split() == ["False"], out.stderr
 

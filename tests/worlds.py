@@ -21,7 +21,8 @@ from titans_pretrain.launch.local import free_port
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["titans_pretrain.step"]  # torch, deepspeed and megatron-core with it
+    # torch, deepspeed and megatron-core; and what torch imports as the first model is built.
+    ["titans_pretrain.step", "torch._dynamo"]
 )
 
 

@@ -107,12 +107,22 @@ class Job:
 
     def __init__(self, cluster: Cluster, run: Path, number: str) -> None:
         self.cluster, self.run, self.number = cluster, run, number
+        self._seen = (0.0, "")  # when, and in what state
 
     @property
     def state(self) -> str:
         return self.cluster(
             "run", "squeue", "-h", "-t", "all", "-j", self.number, "-o", "%T"
         ).strip()
+
+    @property
+    def polled_state(self) -> str:
+        """The state, asked for at most twice a second: each time costs four processes."""
+        when, state = self._seen
+        if time.monotonic() > when + 0.5:
+            state = self.state
+            self._seen = (time.monotonic(), state)
+        return state
 
     @property
     def log(self) -> str:
@@ -161,7 +171,7 @@ class Job:
         return self.until(f"life {life} trains", trains, seconds)
 
     def until_ended(self, seconds: float = 120.0) -> str:
-        self.until("the job ends", lambda: self.state in ENDED, seconds)
+        self.until("the job ends", lambda: self.polled_state in ENDED, seconds)
         return self.state
 
     def rank_pid(self, rank: int) -> tuple[int, int]:

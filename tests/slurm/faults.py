@@ -111,7 +111,7 @@ def submit(cluster: Cluster, fault: Fault, folder: Path, data: Path) -> Job:
 
 def over(job: Job) -> bool:
     """srun has left, or Slurm has taken the job back, or it has ended."""
-    return "srun left with" in job.log or job.state not in ("RUNNING", "COMPLETING")
+    return "srun left with" in job.log or job.polled_state not in ("RUNNING", "COMPLETING")
 
 
 def said(fault: Fault, job: Job) -> str:

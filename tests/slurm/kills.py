@@ -37,14 +37,14 @@ def come_to(moment: str, life: int, job: Job, draw: random.Random) -> bool:
     """Waits for a moment of life `life`; False if the job ended before."""
 
     def or_ended(condition: Callable[[], Any]) -> Callable[[], Any]:
-        return lambda: condition() or job.state in ENDED
+        return lambda: condition() or job.polled_state in ENDED
 
     job.until(f"life {life} begins", or_ended(lambda: lives(job) > life), 240)
     if moment == "starting":
         time.sleep(draw.uniform(0, 10))  # importing and loading, for the most part
     elif moment == "saving":
         folder = job.run / "checkpoints"
-        while not list(folder.glob(".writing-*")) and job.state not in ENDED:
+        while not list(folder.glob(".writing-*")) and job.polled_state not in ENDED:
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.04))
     else:
@@ -69,7 +69,7 @@ def kill(means: str, cluster: Cluster, job: Job) -> int:
         def is_there() -> bool:
             place = job.find_rank(int(means[-1]))
             found.extend([place] if place else [])
-            return bool(place) or job.state in ENDED
+            return bool(place) or job.polled_state in ENDED
 
         job.until("the rank", is_there)
         for node, pid in found:
@@ -80,7 +80,7 @@ def kill(means: str, cluster: Cluster, job: Job) -> int:
 def next_life(job: Job, act: Callable[[], int]) -> tuple[float, int]:
     """Acts, and waits until the next life begins or the job ends: seconds, what `act` returned."""
     begun, node = lives(job), act()
-    over = job.until("the next life", lambda: lives(job) > begun or job.state in ENDED, 300)
+    over = job.until("the next life", lambda: lives(job) > begun or job.polled_state in ENDED, 300)
     return over, node
 
 

@@ -1,17 +1,10 @@
-"""All that this stack takes of megatron-core.
-
-Imported here, and nowhere else, because of how: Megatron decorates its fused layers, none of which
-is used here, with torch.compile, which imports all of torch's compiler. Each rank of each start
-would pay for that: a second and a half of processor time, and some thousand files of a shared disk.
-"""
+"""All that this stack takes of megatron-core, imported here alone (for uncompiled.py's reason)."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any
 
-import torch
+from titans_pretrain.parallel.uncompiled import without_compiler
 
 # Both optional: without them Megatron takes the plain torch code, which is what we compare against.
 warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
@@ -19,22 +12,13 @@ warnings.filterwarnings("ignore", message="full scope is deprecated", module="me
 warnings.filterwarnings("ignore", message=".*_tensor. is deprecated", category=FutureWarning)
 
 
-def _as_it_is(function: Any = None, **_: Any) -> Any:
-    """In the place of torch.compile, with or without arguments."""
-    same: Callable[[Any], Any] = lambda f: f  # noqa: E731
-    return same if function is None else function
-
-
-_compile, torch.compile = torch.compile, _as_it_is  # type: ignore[assignment]
-try:
+with without_compiler():
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.enums import ModelType
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
     from megatron.core.transformer.transformer_config import TransformerConfig
-finally:
-    torch.compile = _compile
 
 __all__ = [
     "ModelParallelConfig",

@@ -19,16 +19,17 @@ import torch
 from torch import nn
 
 from titans_pretrain.config import ZeroConfig
-from titans_pretrain.parallel import compat  # before DeepSpeed: it says on what that runs
-
-# isort: split
-import deepspeed
-from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import set_z3_leaf_module
-
+from titans_pretrain.parallel import compat  # it says on what DeepSpeed runs
 from titans_pretrain.parallel.layout import Fragment, Shard
 from titans_pretrain.parallel.megatron import parallel_state
+from titans_pretrain.parallel.uncompiled import without_compiler
 from titans_pretrain.phases import phase
+
+with without_compiler():
+    import deepspeed
+    import deepspeed.runtime.zero.muon.muon_optimizer  # initialize() would
+    from deepspeed.utils import logger as deepspeed_logger
+    from deepspeed.utils import set_z3_leaf_module
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -249,6 +250,16 @@ class ZeroOptimizer:
             gradient = getattr(parameter, "_hp_grad", None) if self._bf16 else parameter.grad
             if gradient is not None:
                 yield name, gradient.view(parameter.shape)
+
+    def gradient_buffers(self) -> list[torch.Tensor]:
+        """What gradients are accumulated in, over a step's backwards."""
+        optimizer = self.engine.optimizer
+        if self.stage == 1:
+            return [gradient for _, gradient in self.local_gradients()]
+        if self.stage == 2:
+            groups = (optimizer.averaged_gradients or {}).values()
+            return [t for group in groups for t in group or () if t is not None]
+        return [optimizer.grad_partitions_flat_buffer]
 
     def on_reduced_gradients(self, see: Callable[[dict[str, Fragment]], None]) -> Any:
         """Calls `see` in each step with the reduced, clipped fp32 gradients this rank owns.
