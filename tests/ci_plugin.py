@@ -16,7 +16,7 @@ import threading
 import pytest
 
 PATIENCE = 60.0  # seconds from the limit to the end of the process
-NAMED = 15  # slowest tests
+NAMED = 30  # slowest tests, files
 _STDERR = os.dup(2)  # pytest imports a -p plugin before it starts to capture
 
 
@@ -66,10 +66,22 @@ class Watch:
         for test, reason, allowed in self.skips:
             verdict = "needs CUDA" if allowed else "NOT ALLOWED (only cuda tests may be skipped)"
             terminalreporter.line(f"{verdict}: {test}: {reason}")
+        if len(files := self.by_file()) > 1:
+            terminalreporter.section("slowest files")
+            for file, seconds in files[:NAMED]:
+                terminalreporter.line(f"{seconds:8.1f} s  {file}")
         if self.timed_out:
             terminalreporter.section("time limit")
             for line in self.slowest():
                 terminalreporter.line(line)
+
+    def by_file(self) -> list[tuple[str, float]]:
+        """Seconds of each file's tests, the slowest file first."""
+        found: dict[str, float] = {}
+        for test, seconds in self.durations.items():
+            file = test.partition("::")[0]
+            found[file] = found.get(file, 0.0) + seconds
+        return sorted(found.items(), key=lambda item: -item[1])
 
     def slowest(self) -> list[str]:
         ranked = sorted(self.durations.items(), key=lambda item: -item[1])[:NAMED]

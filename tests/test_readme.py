@@ -55,6 +55,8 @@ RUN = {
     "train CONFIG profile.steps": f"{SMALL_MODEL} folder=runs/profile {OWN_DATA} train.steps=6",
     "train CONFIG --ranks": f"{SMALL_MODEL} folder=runs/ranks {OWN_DATA} --ranks 2",
     "titans-pretrain inspect": "",
+    "titans-pretrain plan": "",
+    "titans-pretrain plan --measure": "--help",  # half a minute; its own test runs it
     "titans-pretrain verify": "",
     "titans-pretrain compare": "--help",  # its own test runs a small one
     "titans-pretrain plot": "",

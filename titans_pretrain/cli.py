@@ -29,6 +29,7 @@ _ELSEWHERE = {
     "board": ("start TensorBoard on runs", "titans_pretrain.launch.board_command"),
     "stop": ("save a run and end it for good", "titans_pretrain.launch.stop_command"),
     "generate": ("write text with a trained model", "titans_pretrain.evaluate.generate_command"),
+    "plan": ("what fits where, and how long it takes", "titans_pretrain.estimate.plan_command"),
     "verify": ("check a layout against one plain process", "titans_pretrain.verify"),
     "gpu-check": ("check and time this machine's GPU", "titans_pretrain.measure.gpu_check.command"),
 }
@@ -152,7 +153,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
     args, rest = parser.parse_known_args(argv)
     # Overrides may stand on either side of an option; argparse takes only the first group.
-    if args.command in ("train", "compare", "submit"):
+    if args.command in ("train", "compare", "submit", "plan"):
         args.overrides += [a for a in rest if "=" in a and not a.startswith("-")]
         rest = [a for a in rest if "=" not in a or a.startswith("-")]
     if rest:

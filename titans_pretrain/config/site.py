@@ -31,6 +31,9 @@ class SiteConfig(Section):
     qos: str | None = None
     time: str | None = None  # limit of a job, as sbatch writes it; `submit --time` comes first
     gpus_per_node: Positive = 8  # each gets one rank; `submit --gpus-per-node` comes first
+    # The GPU's name or file, as for `plan --gpu`: `submit` refuses what cannot fit. null: it
+    # does not look.
+    gpu: str | None = None
     gres: str | None = "gpu"  # --gres=GRES:gpus_per_node; null: none is asked for
     cpus_per_task: Positive | None = None  # of each rank
     exclusive: bool = True

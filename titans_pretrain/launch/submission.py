@@ -31,6 +31,7 @@ class Run:
     config: RunConfig
     folder: RunFolder
     layout: str
+    memory: str  # what it holds and takes, by estimate
     job: Job
     script: str
     changed: tuple[str, ...] = ()  # of its config, since it was last submitted

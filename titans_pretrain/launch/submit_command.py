@@ -23,6 +23,8 @@ from titans_pretrain.config import (
     load_site,
 )
 from titans_pretrain.errors import EXIT_DONE, ConfigError, TitansError
+from titans_pretrain.estimate.fit import require_fit
+from titans_pretrain.estimate.hardware import hardware_of
 from titans_pretrain.launch import disks, slurm
 from titans_pretrain.launch.freeze import SCRIPT, Code, look_at_code
 from titans_pretrain.launch.render import Job, render, seconds
@@ -70,6 +72,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="N jobs one after the other, where a job may not queue itself again",
     )
     add("--changed", action="store_true", help="go on with a run although its config has changed")
+    add("--gpu", metavar="NAME", help="as `plan --gpu`, to check what fits; default: the site's")
+    add("--force", action="store_true", help="submit although by estimate it does not fit")
     add("--dry-run", action="store_true", help="print all of it; submit and write nothing")
     parser.set_defaults(run=submit_run)
 
@@ -115,6 +119,7 @@ def _checked(
     config = load_config(args.config, [*args.overrides, *member.overrides, f"folder={path}"])
     gpus = args.gpus_per_node or site.gpus_per_node
     layout = _layout(config, args.nodes, gpus)
+    memory = _memory(config, args.nodes * gpus, args.gpu or site.gpu, args.force)
     time = args.time or site.time
     if time is not None and seconds(time) <= site.stop_ahead:
         raise ConfigError(
@@ -145,7 +150,14 @@ def _checked(
         python=site.python or sys.executable,
         requeue=site.requeue and args.chain is None,
     )
-    return Run(member, config, folder, layout, job, render(job, site), changed)
+    return Run(member, config, folder, layout, memory, job, render(job, site), changed)
+
+
+def _memory(config: RunConfig, ranks: int, gpu: str | None, force: bool) -> str:
+    """What the run holds, in one line. Raises ConfigError if it cannot fit."""
+    if gpu is None:
+        return "not estimated: neither the site file nor --gpu says what GPU this is"
+    return require_fit(config, ranks, hardware_of(gpu), force=force)
 
 
 def _tell(
@@ -164,6 +176,7 @@ def _tell(
         how = " (a dry run, nothing is written)" if args.dry_run else ""
         facts = {"runs": f"{len(runs)} in {run_folder.parent}{how}"}
     facts["ranks"] = f"{job.nodes} nodes x {job.gpus_per_node} GPUs = {ranks}, {runs[0].layout}"
+    facts["memory"] = runs[0].memory
     if not args.array:
         facts["folder"] = str(run_folder)
         facts["script"] = str(job.frozen / SCRIPT)

@@ -28,7 +28,7 @@ def held_bytes(step: TrainStep) -> dict[str, int]:
     parts = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
     flats = step.optimizer.masters
     gradients = [p.grad for p in (*parameters, *flats) if p.grad is not None]
-    gradients += [g for _, g in step.optimizer.local_gradients()]
+    gradients += step.optimizer.gradient_buffers()
     states = [t for s in step.optimizer.adamw.state.values() for t in s.values()]
     seen: set[int] = set()
     return {

@@ -22,9 +22,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from titans_pretrain.config import RunConfig, load_config
+from titans_pretrain.config import HardwareConfig, RunConfig, load_config
 from titans_pretrain.data.batch import Batch
 from titans_pretrain.errors import ConfigError
+from titans_pretrain.estimate.beside import planned
+from titans_pretrain.estimate.hardware import hardware_of
 from titans_pretrain.feed import open_stream, with_vocabulary
 from titans_pretrain.launch.local import as_ranks
 from titans_pretrain.measure.failing import Failing
@@ -63,15 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=6, metavar="K", help="of each kind; default 6")
     parser.add_argument("--warm-up", type=int, default=2, metavar="K", help="steps before them")
     parser.add_argument("--synthetic", action="store_true", help="made-up tokens in any case")
+    parser.add_argument("--gpu", metavar="NAME", help="print what `plan --gpu NAME` says beside")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_intermixed_args(argv)
     if min(args.steps, args.warm_up + 1, args.ranks or 1) < 1:
         parser.error("--steps and --ranks are at least 1, --warm-up is at least 0")
     config = load_config(args.config, args.overrides)
+    hardware = hardware_of(args.gpu) if args.gpu is not None else None
     if (code := as_ranks(["bench", "step", *argv], args.ranks)) is not None:
         return code
-    figures = measure(config, args.steps, args.warm_up, args.synthetic)
+    figures = measure(config, args.steps, args.warm_up, args.synthetic, hardware)
     if int(os.environ.get("RANK", 0)) == 0:
         print(table(figures))
         if args.json is not None:
@@ -79,8 +83,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(config: RunConfig, steps: int, warm_up: int, synthetic: bool) -> dict[str, Any]:
-    """Runs the steps on this rank; the figures, plain values for JSON. Collective."""
+def measure(
+    config: RunConfig,
+    steps: int,
+    warm_up: int,
+    synthetic: bool,
+    hardware: HardwareConfig | None = None,
+) -> dict[str, Any]:
+    """Runs the steps on this rank; the figures, plain values for JSON, with those of a plan for
+    `hardware`. Collective."""
     layout = plan_layout(config, world_size())
     with contextlib.ExitStack() as leaving, Failing(config) as failing:
         world = failing.joined(start_world(config.train, layout))
@@ -127,6 +138,7 @@ def measure(config: RunConfig, steps: int, warm_up: int, synthetic: bool) -> dic
             "flops": counted(config, world.size),
             "memory_bytes": memory,
             "collectives": collectives,
+            "plan": None if hardware is None else planned(config, world.size, hardware),
         }
 
 

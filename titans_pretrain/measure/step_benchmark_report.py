@@ -64,6 +64,26 @@ def _lines(figures: dict[str, Any]) -> Iterator[str]:
     found = figures["collectives"]
     calls = (f"{name} {c['calls']} ({_size(c['bytes'])})" for name, c in sorted(found.items()))
     yield "collectives of a step and rank: " + (", ".join(calls) or "none")
+    if figures.get("plan") is not None:
+        yield from _beside_plan(figures)
+
+
+def _beside_plan(figures: dict[str, Any]) -> Iterator[str]:
+    plan, held = figures["plan"], figures["memory_bytes"]
+    ratio = figures["step_s"] / plan["step_s"]
+    parts = sorted(plan["parts"].items(), key=lambda item: -item[1])
+    told = ", ".join(f"{part} {1e3 * s:,.2f} ms" for part, s in parts if s >= 5e-5)
+    yield ""
+    yield (
+        f"a plan for {plan['hardware']}: {1e3 * plan['step_s']:,.2f} ms a step, of which the one "
+        f"left alone took {ratio:.2f} times: {told}"
+    )
+    b = plan["bytes"]
+    made = b["activations"] + b["memory states"] + b["logits"] + b["working"] + b["gradients"]
+    found = {"parameters": b["parameters"], "optimizer state": b["optimizer"]}
+    found["made in a step, at most"] = made + b["buffers"]
+    compared = (f"{k} {_size(v)} ({held[k] / v:.2f} times)" for k, v in found.items())
+    yield "its memory of a rank: " + ", ".join(compared)
 
 
 def _row(name: str, took: float, whole: float, flops: float, best: float) -> str:

@@ -43,6 +43,7 @@ def saved_bytes(
     # Maps read all tokens, even where the stream is divided.
     stream = 2 * (norm + D * e)
     mixer, states = _MIXERS[config.variant](config, rows, tokens, e, w)
+    whole = _whole(config, n, e)
     if handed and config.variant != "transformer":
         states += 2 * _products(config) * w
     copies = _copies(config, tokens) * w if e < w else 0
@@ -50,7 +51,7 @@ def saved_bytes(
     logits = norm + D * e + (config.vocab_size or 0) * w / tensor
     return {
         "stream": blocks * n * stream,
-        "mixers": blocks * (n * mixer + copies) / tensor,
+        "mixers": blocks * ((n * mixer + copies) / tensor + n * whole * (1 - 1 / tensor)),
         "mlps": blocks * n * 4 * config.mlp_hidden * e / tensor,
         "memory states": blocks * rows * states / tensor,
         "masks": _masks(config, rows, tokens, e) + n * turned * w,
@@ -96,6 +97,15 @@ def _copies(config: ModelConfig, tokens: int) -> float:
         segments = -(-tokens // config.segment)
         return segments * call + _products(config) + WIDTH * D
     return call * (2 if config.variant in ("mag", "mal") and config.persistent_tokens else 1)
+
+
+def _whole(config: ModelConfig, n: int, e: int) -> float:
+    """Of a token's bytes in a mixer those that every rank has, which shares its layers or not: what
+    goes from heads to heads."""
+    D, P = config.width, config.persistent_tokens
+    if config.variant == "mac" and config.memory.projections == "dense":
+        return (1 + config.retrieved_tokens / config.segment) * D * e  # Y, h
+    return (1 + P / n) * D * e if config.variant == "mal" else 0.0  # what the memory says
 
 
 def _masks(config: ModelConfig, rows: int, tokens: int, e: int) -> float:

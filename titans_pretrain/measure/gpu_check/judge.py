@@ -162,6 +162,16 @@ def beside_baseline(part: str, r: Found, m: Measured) -> dict[str, float] | None
     return {k: (mine[k] or 0.0) / (theirs[k] or 1.0) for k in ("tokens_per_s", "peak_gib")}
 
 
+def _beside_plan(r: Found, peak_gib: float | None) -> str:
+    """What `titans-pretrain plan` had said, where it knows the device."""
+    plan = r.get("plan")
+    if plan is None:
+        return ""
+    ratio = statistics.median(r["seconds"]) / plan["step_s"]
+    words = f"; {ratio:.2f} x a plan's step"
+    return f"{words}, {(peak_gib or 0.0) * GIB / plan['device_bytes']:.2f} x its memory"
+
+
 def _learns(r: Found) -> tuple[bool, str]:
     losses = [float(x) for x in r["losses"]]
     words = f"loss {losses[0]:.3f} .. {losses[-1]:.3f}"
@@ -176,6 +186,7 @@ def _train(part: str, r: Found, m: Measured, allowed: Allowed) -> Iterator[Row]:
     words += f", MFU {s['mfu']:.1%}" if s["mfu"] is not None else ""
     words += f", peak {s['peak_gib']:.2f} GiB"
     words += f" ({ratio['peak_gib']:.2f} x baseline)" if ratio else ""
+    words += _beside_plan(r, s["peak_gib"])
     yield _row("train", part, passed, r, f"{words}; {loss}", "finite, falls")
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from titans_pretrain.config import RunConfig, load_config
+from titans_pretrain.estimate.beside import planned
+from titans_pretrain.estimate.hardware import like
 from titans_pretrain.measure.footprint import held_bytes, working_bytes
 from titans_pretrain.measure.gpu_check.child import Task
 from titans_pretrain.measure.gpu_check.plain import PlainStep
@@ -89,7 +91,11 @@ def _measure(task: Task, size: str, variant: str, zero: dict[str, Any]) -> dict[
     began = time.perf_counter()
     step, held = _build(task, config, world)
     built_s = time.perf_counter() - began
-    return _describe(task, config, needed, built_s) | _steps(task, step, held)
+    found = _describe(task, config, needed, built_s) | _steps(task, step, held)
+    hardware = like(torch.cuda.get_device_name()) if task.cuda else None
+    if hardware is not None and task.engines:
+        found["plan"] = planned(config, task.ranks, hardware)
+    return found
 
 
 def _free_bytes(task: Task, world: World | None) -> float:
