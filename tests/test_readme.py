@@ -204,7 +204,7 @@ def test_every_command_runs_as_written(copy: Path):
 
 
 def test_options_named_alone_exist():
-    asked = ("", "train", "compare", "verify", "submit", "runs")
+    asked = ("", "train", "compare", "plan", "verify", "submit", "runs")
     usage = "; ".join(f"titans-pretrain {command} --help" for command in asked)
     usage = shell(usage, ROOT).stdout
     assert options(README) - {"--index-url"} <= set(re.findall(r"--[a-z-]+", usage))  # pip's

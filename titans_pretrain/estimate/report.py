@@ -59,12 +59,15 @@ def lines(
 def _head(config: RunConfig, hardware: HardwareConfig, gpus: int, tokens: float) -> Iterator[str]:
     m, t = config.model, config.train
     parameters = sum(parameter_count(m).values())
-    flops = 3 * sum(flops_per_token(m, config.data.sequence_length, useful=True).values())
+    useful = flops_per_token(m, config.data.sequence_length, useful=True)
+    flops = 3 * sum(useful.values())
     step = t.global_batch * config.data.sequence_length
     yield (
         f"{m.variant}, {m.blocks} x {m.width}, {parameters:,} parameters, {t.precision}; "
         f"{flops / 1e9:.2f} GFLOP a token; {step:,} tokens a step, {tokens:.3g} in all"
     )
+    told = (f"{part.replace('_', ' ')} {n / 1e6:,.1f}" for part, n in useful.items() if n)
+    yield f"MFLOP of a token's forward: {', '.join(told)}"
     usable = hardware.memory_gib.value - hardware.reserved_gib.value
     nodes = -(-gpus // hardware.gpus_per_node)
     yield (
