@@ -66,8 +66,12 @@ def found_and_expected(config: RunConfig) -> tuple[dict[str, int], dict[str, int
     return seen, dict(zip(("parameters", "gradients", "optimizer state"), kinds))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+# In fp32 ZeRO's buffers are others, and the same whatever divides the model.
+EXACT = [(name, "bf16") for name in LAYOUTS]
+EXACT += [(name, "fp32") for name in LAYOUTS if "DP" in name or name in ("alone", "TP2", "CP2")]
+
+
+@pytest.mark.parametrize(("layout", "precision"), EXACT)
 def test_parameters_gradients_and_optimizer_are_exact(layout: str, precision: str) -> None:
     ranks, parallel = LAYOUTS[layout]
     config = parity_config("mac", parallel, train__precision=precision)
@@ -111,18 +115,18 @@ def kept(config: RunConfig) -> tuple[int, float]:
     return saved.bytes(), 0.0 if first else expected.kept
 
 
-# Stage 3 gathers weights, which autograd then keeps; interleaved stages are below.
-@pytest.mark.parametrize("variant", ["mac", "mag"])
+# Stage 3 gathers weights, which autograd then keeps; interleaved stages are below. Every variant:
+# tests/parallel/test_saved.py.
 @pytest.mark.parametrize(
     "layout", [name for name in LAYOUTS if " x " not in name and "Z3" not in name]
 )
-def test_what_a_forward_keeps_is_within_five_percent(layout: str, variant: str) -> None:
+def test_what_a_forward_keeps_is_within_five_percent(layout: str) -> None:
     ranks, parallel = LAYOUTS[layout]
     data = ranks
     for degree in ("tensor", "pipeline", "context"):
         data //= parallel.get(degree, 1)
     length = {**WIDE, "data__sequence_length": 128 * max(1, parallel.get("context", 1) // 2)}
-    config = parity_config(variant, parallel, train__global_batch=data, **length)
+    config = parity_config("mac", parallel, train__global_batch=data, **length)
     for found, expected in run_world(kept, ranks, config):
         assert not expected or expected == pytest.approx(found, rel=0.05), expected / found
 

@@ -31,6 +31,7 @@ def tree(folder: Path, data: Path, **changes: Any) -> dict[str, Any]:
         data,
         **{
             "train__steps": STEPS,
+            "train__micro_batch": 4,  # one of each rank
             "checkpoint__every_steps": EVERY,
             "validation__every": 60,
             "log__tensorboard": True,

@@ -16,7 +16,7 @@ with without_compiler():
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.enums import ModelType
     from megatron.core.model_parallel_config import ModelParallelConfig
-    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
     from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -27,5 +27,6 @@ __all__ = [
     "VocabParallelCrossEntropy",
     "get_forward_backward_func",
     "parallel_state",
+    "schedules",
     "tensor_parallel",
 ]
