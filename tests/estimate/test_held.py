@@ -115,18 +115,20 @@ def kept(config: RunConfig) -> tuple[int, float]:
     return saved.bytes(), 0.0 if first else expected.kept
 
 
-# Stage 3 gathers weights, which autograd then keeps; interleaved stages are below. Every variant:
-# tests/parallel/test_saved.py.
-@pytest.mark.parametrize(
-    "layout", [name for name in LAYOUTS if " x " not in name and "Z3" not in name]
-)
-def test_what_a_forward_keeps_is_within_five_percent(layout: str) -> None:
+# Stage 3 gathers weights, which autograd then keeps; interleaved stages are below.
+KEPT = [("mac", name) for name in LAYOUTS if " x " not in name and "Z3" not in name]
+SIMPLE = ("alone", "TP2", "TP2+SP", "PP2", "CP2")
+KEPT += [(variant, name) for variant in ("transformer", "lmm", "mag", "mal") for name in SIMPLE]
+
+
+@pytest.mark.parametrize(("variant", "layout"), KEPT)
+def test_what_a_forward_keeps_is_within_five_percent(variant: str, layout: str) -> None:
     ranks, parallel = LAYOUTS[layout]
     data = ranks
     for degree in ("tensor", "pipeline", "context"):
         data //= parallel.get(degree, 1)
     length = {**WIDE, "data__sequence_length": 128 * max(1, parallel.get("context", 1) // 2)}
-    config = parity_config("mac", parallel, train__global_batch=data, **length)
+    config = parity_config(variant, parallel, train__global_batch=data, **length)
     for found, expected in run_world(kept, ranks, config):
         assert not expected or expected == pytest.approx(found, rel=0.05), expected / found
 

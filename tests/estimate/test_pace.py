@@ -132,6 +132,26 @@ def test_recompute_costs_a_forward() -> None:
     assert more / work == pytest.approx(4 / 3, rel=0.02)
 
 
+def test_offload_costs_the_link_to_the_host_and_overlap_hides_transfers() -> None:
+    plain, offloaded = (
+        of(ranks=8, parallel={"zero": {"offload": o}}, train__micro_batch=8) for o in (False, True)
+    )
+    config = big({"zero": {"offload": True}}, train__micro_batch=8)
+    layout = plan_layout(config, 8)
+    engine = paces.engine_of(config, layout, 8, first=True, last=True)
+    owned = engine.optimizer / 12
+    more = offloaded.parts["reduce and gather"] - plain.parts["reduce and gather"]
+    assert more == pytest.approx(6 * owned / 50e9)  # fp32 gradients there, bf16 weights back
+    assert offloaded.parts["update"] / plain.parts["update"] == pytest.approx(3350 / 50)
+    stage = {"stage": 2, "overlap": False}
+    bare, hidden = (
+        of(ranks=64, parallel={"zero": {**stage, "overlap": o}}, train__micro_batch=1)
+        for o in (False, True)
+    )
+    part = "reduce and gather"
+    assert hidden.parts[part] == pytest.approx(0.1 * bare.parts[part])
+
+
 def test_a_pipeline_s_bubble_is_the_textbook_s() -> None:
     """(stages - 1) / micro-batches of the work, divided by the pieces on a stage."""
     for interleave in (1, 2):

@@ -40,6 +40,9 @@ LAUNCHES = {
 OF_A_CHUNK, OF_A_RUN, OF_A_SEGMENT = (28, 100), (74, 212), (109, 295)
 flops_of = lru_cache(maxsize=64)(flops_per_token)
 BACKWARD = 2.0  # times the work of a forward
+# Where transfers overlap with work: the share of the work that they can hide behind (assumed), and
+# of them what never does, the first and the last.
+HIDING, NEVER_HIDDEN = 0.7, 0.1
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def _stage(
         parts["wave"] = _wave(config, layout, one, moved, hardware)
     if layout.pipeline > 1:
         parts["bubble"] = work / passes * (layout.pipeline - 1) / p.interleave
-    parts["reduce and gather"] = _exposed(config, layout, hardware, moved, parts)
+    parts["reduce and gather"] = _exposed(config, layout, hardware, moved, engine, parts)
     parts["update"] = _update(engine, hardware)
     return parts
 
@@ -225,6 +228,7 @@ def _exposed(
     layout: Layout,
     hardware: HardwareConfig,
     moved: Iterable[Transfer],
+    engine: Engine,
     parts: dict[str, float],
 ) -> float:
     """Of gradients and weights over the data-parallel ranks; what overlaps hides behind work."""
@@ -235,23 +239,20 @@ def _exposed(
     )
     zero = config.parallel.zero
     if zero.offload:  # gradients to the host, weights back
-        seconds += 8 * _owned(layout, moved) / (hardware.host_gb_per_s.value * 1e9)
+        owned = engine.optimizer / MASTER
+        seconds += (4 + engine.element) * owned / (hardware.host_gb_per_s.value * 1e9)
     if zero.overlap or zero.stage == 3:
         # DeepSpeed fetches the next block's weights, and reduces, as it computes.
-        seconds = max(seconds - 0.7 * sum(parts.values()), 0.1 * seconds)
+        seconds = max(seconds - HIDING * sum(parts.values()), NEVER_HIDDEN * seconds)
     return seconds
 
 
-def _owned(layout: Layout, moved: Iterable[Transfer]) -> float:
-    sums = [t for t in moved if t.what == "gradients"]
-    return sum(t.elements for t in sums[:1]) / (layout.data_parallel * layout.context)
-
-
 def _update(engine: Engine, hardware: HardwareConfig) -> float:
-    """AdamW reads and writes weight, moments and gradient; in the host's memory at its pace."""
+    """AdamW reads and writes weight, moments and gradient. Offloaded, that is the host's work: at
+    the pace of the link to it, which eight ranks that share its memory hardly surpass."""
     owned = engine.optimizer / MASTER
-    rate = 20e9 if engine.zero.offload else hardware.memory_gb_per_s.value * 1e9
-    return owned * (2 * MASTER + 4 + engine.element) / rate
+    rate = hardware.host_gb_per_s if engine.zero.offload else hardware.memory_gb_per_s
+    return owned * (2 * MASTER + 4 + engine.element) / (rate.value * 1e9)
 
 
 def _seconds(t: Transfer, config: RunConfig, layout: Layout, hardware: HardwareConfig) -> float:
