@@ -22,7 +22,7 @@ from titans_pretrain.estimate.held import (
     engine_of,
     kept_bytes,
 )
-from titans_pretrain.estimate.traffic import Transfer, transfers
+from titans_pretrain.estimate.traffic import Group, Transfer, transfers
 from titans_pretrain.memory.sizes import runs
 from titans_pretrain.model.counts import flops_per_token
 from titans_pretrain.parallel.layout import Layout
@@ -276,18 +276,31 @@ def _seconds(t: Transfer, config: RunConfig, layout: Layout, hardware: HardwareC
 
 
 def _group(t: Transfer, layout: Layout, node: int) -> tuple[int, int]:
-    """(ranks of the group, how many of them share a node). Neighbouring ranks differ in tensor
-    first, then context, data, pipeline (layout.py)."""
-    tensor, context = layout.tensor, layout.context
-    data = context * layout.data_parallel
+    """(ranks of the group, how many of them share a node)."""
+    return _members(
+        t.group,
+        t.way == "send",
+        layout.parallel.tensor,
+        layout.parallel.context,
+        layout.data_parallel,
+        layout.parallel.pipeline,
+        node,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _members(
+    group: Group, send: bool, tensor: int, context: int, data: int, pipeline: int, node: int
+) -> tuple[int, int]:
+    """Neighbouring ranks differ in tensor first, then context, data, pipeline (layout.py)."""
     size, stride = {
         "tensor": (tensor, 1),
         "context": (context, tensor),
-        "data": (data, tensor),
-        "pipeline": (layout.pipeline, tensor * data),
-        "model": (tensor * layout.pipeline, 1),
-        "world": (layout.world_size, 1),
-    }[t.group]
-    if t.way == "send":  # between neighbours: the slowest pair decides
+        "data": (context * data, tensor),
+        "pipeline": (pipeline, tensor * context * data),
+        "model": (tensor * pipeline, 1),
+        "world": (tensor * context * data * pipeline, 1),
+    }[group]
+    if send:  # between neighbours: the slowest pair decides
         return 2, 2 if stride * size <= node else 1
     return size, max(1, min(size, node // stride))
