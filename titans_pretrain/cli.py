@@ -265,7 +265,7 @@ def _plot(args: argparse.Namespace) -> int:
             config.data,
             align=config.model.alignment,
             rows=config.validation.rows,
-            samples=sum(map(config.train.rows, range(1, config.train.steps + 1))),
+            samples=config.train.all_rows(),
         )
         several = len(config.data.sources) > 1 or len(config.data.validation) > 1
         of = " of all sources on all sets" if several else ""

@@ -76,7 +76,7 @@ def _kept(config: RunConfig) -> Iterator[str]:
 
 def _tokens(config: RunConfig) -> Iterator[str]:
     length, steps = config.data.sequence_length, config.train.steps
-    total = sum(map(config.train.rows, range(1, steps + 1))) * length
+    total = config.train.all_rows() * length
     step = config.train.global_batch * length
     yield f"  {steps:,} steps of {step:,} tokens: {total:,} in all, pads included"
 

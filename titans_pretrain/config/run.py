@@ -65,6 +65,10 @@ class TrainConfig(Section):
         levels = self.global_batch // self.ramp.start
         return self.ramp.start * (1 + (step - 1) * (levels - 1) // self.ramp.steps)
 
+    def all_rows(self) -> int:
+        """Rows of the whole run."""
+        return sum(map(self.rows, range(1, self.steps + 1)))
+
 
 class ZeroConfig(Section):
     """What data-parallel ranks divide among them (DeepSpeed ZeRO, arXiv 1910.02054)."""

@@ -41,15 +41,6 @@ class Candidate:
         return 24 * self.days(tokens) * self.layout.world_size
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Of one config on so many GPUs."""
-
-    own: Candidate | None  # the layout that the config asks for; None: it is not legal here
-    ranked: tuple[Candidate, ...]  # those that fit, the fastest first
-    unfit: tuple[Candidate, ...]  # the others, those first that nearly fit
-
-
 def room(hardware: HardwareConfig) -> float:
     """Bytes of a GPU that tensors may take."""
     return (hardware.memory_gib.value - hardware.reserved_gib.value) * GIB

@@ -27,8 +27,7 @@ def require_fit(
         return "not estimated: model.vocab_size comes with the data; set it, and it will be"
     layout = plan_layout(config, ranks)
     own = judge(config, layout, hardware)
-    tokens = sum(map(config.train.rows, range(1, config.train.steps + 1)))
-    days = own.days(tokens * config.data.sequence_length)
+    days = own.days(config.train.all_rows() * config.data.sequence_length)
     line = (
         f"{own.held.device / GIB:.1f} of {own.room / GIB:.1f} GiB of each {hardware.name}; "
         f"{own.pace.seconds:.2f} s a step, {days:.1f} days in all (estimates: titans-pretrain plan)"

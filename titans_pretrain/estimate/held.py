@@ -153,7 +153,7 @@ class Engine:
     @cached_property
     def buffers(self) -> int:
         """Stage 1 and 2: the bucket of a reduction; beside it the largest group's gradient as the
-        update reads it. Stage 3: its bucket, kept for good, and two blocks' gathered weights."""
+        update reads it. Stage 3: likewise, its bucket kept for good; gathered weights apart."""
         bucket = 4 * min(self.zero.bucket, self.total) * (2 if self.zero.overlap else 1)
         if self.zero.stage == 1 and self.element < 4:
             return bucket

@@ -93,8 +93,8 @@ def _own(config: RunConfig, gpus: int, hardware: HardwareConfig) -> tuple[Candid
 
 
 def _tokens(config: RunConfig, asked: float | None) -> float:
-    rows = sum(map(config.train.rows, range(1, config.train.steps + 1)))
-    tokens = asked if asked is not None else float(rows * config.data.sequence_length)
+    whole = config.train.all_rows() * config.data.sequence_length
+    tokens = asked if asked is not None else float(whole)
     step = config.train.global_batch * config.data.sequence_length
     if tokens < step:
         raise ConfigError(

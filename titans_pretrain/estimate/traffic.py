@@ -26,7 +26,7 @@ class Transfer:
     """`calls` collectives of `elements` each, in a step.
 
     model: ranks that hold other pieces of the model. data: those that divide the optimizer state,
-    with other rows or other tokens. when: what waits for it.
+    with other rows or other tokens.
     """
 
     way: Way

@@ -30,6 +30,7 @@ from titans_pretrain.launch.freeze import SCRIPT, Code, look_at_code
 from titans_pretrain.launch.render import Job, render, seconds
 from titans_pretrain.launch.submission import Run, submit
 from titans_pretrain.launch.sweep import MOST, Member, members
+from titans_pretrain.parallel.layout import plan_layout
 from titans_pretrain.run.folder import RunFolder
 
 
@@ -244,8 +245,6 @@ def _preflight(bounds: PreflightConfig | None) -> str:
 
 
 def _layout(config: RunConfig, nodes: int, gpus: int) -> str:
-    from titans_pretrain.parallel.layout import plan_layout  # torch
-
     try:
         return plan_layout(config, nodes * gpus).describe()
     except ConfigError as e:

@@ -34,7 +34,7 @@ class _TorchOnCpu:
 def cuda_literals() -> Iterator[None]:
     """Context for one call of a Megatron schedule: where there is no CUDA, what Megatron allocates
     on it is on the CPU. What the schedule calls sees torch itself: a mode for all of torch's
-    functions would cost them a third of a small model's step."""
+    functions would cost them a sixth of a small model's step."""
     if torch.cuda.is_available():
         yield
         return
