@@ -134,7 +134,8 @@ def test_the_cache_is_bounded_and_keeps_the_windows_in_use(server, folder, epoch
     # The first two windows and most of the third: then the next epoch's shards would come.
     third = next(n for n in itertools.count() if order.window_of(n) == 2)
     steps, found, largest = third // GLOBAL + 10, [], 0
-    for read, state in itertools.islice(one.batches(one.start()), steps):
+    batches = one.batches(one.start())  # open to the end: closing ends what is on its way
+    for read, state in itertools.islice(batches, steps):
         found.append(batch_hash(read))
         size = 0
         for entry in os.scandir(tmp_path / "shards"):
@@ -154,6 +155,7 @@ def test_the_cache_is_bounded_and_keeps_the_windows_in_use(server, folder, epoch
 
     wait_until(lambda: gone() <= may_go)  # one on its way is asked for and not yet held
     assert gone()
+    batches.close()
 
 
 def held(cache):
