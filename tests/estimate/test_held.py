@@ -13,6 +13,7 @@ from tests.worlds import run_world
 from titans_pretrain.config import RunConfig
 from titans_pretrain.estimate import held
 from titans_pretrain.estimate.options import legal
+from titans_pretrain.estimate.portion import ends, portion_of, portions
 from titans_pretrain.measure.footprint import held_bytes
 from titans_pretrain.parallel.layout import plan_layout
 from titans_pretrain.parallel.pipeline import Stage
@@ -60,7 +61,7 @@ def found_and_expected(config: RunConfig) -> tuple[dict[str, int], dict[str, int
     step.optimizer.engine.allreduce_gradients = look
     step(batches_of(config, 2, world), 2)
     seen = {**held_bytes(step), "gradients": sum(storages.values())}
-    expected = held.of_stage(config, world.layout, world.place.pipeline)
+    expected = held.held_by(portion_of(config, world.layout, world.place.pipeline))
     world.shut_down()
     kinds = (expected.parameters, expected.gradients, expected.optimizer)
     return seen, dict(zip(("parameters", "gradients", "optimizer state"), kinds))
@@ -108,11 +109,11 @@ def kept(config: RunConfig) -> tuple[int, float]:
         step.schedule.run(step._shares([batch]), tokens_in_step=100)
     if step.link is not None:
         step.link.drain()
-    expected = held.of_stage(config, world.layout, world.place.pipeline)
+    expected = sum(held.kept(portion_of(config, world.layout, world.place.pipeline)).values())
     # A plan counts the rank that holds most: one with a rank before it.
     first = config.parallel.context > 1 and world.place.context == 0
     world.shut_down()
-    return saved.bytes(), 0.0 if first else expected.kept
+    return saved.bytes(), 0.0 if first else expected
 
 
 # Stage 3 gathers weights, which autograd then keeps; interleaved stages are below.
@@ -156,7 +157,7 @@ def most_alive(config: RunConfig) -> tuple[float, float]:
     step.schedule.run(step._shares(batches_of(config, 1, world)), tokens_in_step=100)
     if step.link is not None:
         step.link.drain()
-    expected = held.alive(config, world.layout, world.place.pipeline)
+    expected = held.alive(portion_of(config, world.layout, world.place.pipeline))
     index = world.place.context
     world.shut_down()
     return most / config.parallel.interleave, expected if index == 0 else most
@@ -188,8 +189,8 @@ def test_the_first_stage_or_the_last_holds_most() -> None:
     checked = 0
     for _, candidate, layout in legal(config, 16):
         if layout.pipeline > 2:
-            every = max(h.device for h in held.stages(candidate, layout))
-            assert held.most(candidate, layout).device == every
+            every = max(h.device for h in map(held.held_by, portions(candidate, layout)))
+            assert held.most(ends(candidate, layout)).device == every
             checked += 1
     assert checked > 20
 
@@ -197,9 +198,9 @@ def test_the_first_stage_or_the_last_holds_most() -> None:
 def test_a_plan_counts_recompute_and_offload() -> None:
     def of(**changes: Any) -> held.Held:
         config = parity_config("mac", {"zero": changes.pop("zero", {})}, **changes)
-        return held.most(config, plan_layout(config, 2))
+        return held.most(ends(config, plan_layout(config, 2)))
 
     whole, again = of(model__blocks=8), of(model__blocks=8, train__recompute="blocks")
-    assert again.kept < whole.kept / 2
+    assert again.activations < whole.activations / 2
     offloaded = of(zero={"offload": True})
     assert (offloaded.optimizer, offloaded.host) == (0, of().optimizer)

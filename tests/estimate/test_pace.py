@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -13,6 +12,8 @@ from tests.parallel.parity import parity_config
 from titans_pretrain.config import HardwareConfig, ModelConfig, RunConfig
 from titans_pretrain.estimate import pace as paces
 from titans_pretrain.estimate.hardware import hardware_of, known
+from titans_pretrain.estimate.network import Network
+from titans_pretrain.estimate.portion import ends, portion_of
 from titans_pretrain.estimate.traffic import Transfer
 from titans_pretrain.model.titans import TitansLM, initialise
 from titans_pretrain.parallel.layout import Layout, plan_layout
@@ -81,7 +82,7 @@ def test_launches_of_a_block_are_those_of_torch(
 
 def of(hardware: HardwareConfig = H100, ranks: int = 1, **changes: Any) -> paces.Pace:
     config = big(**changes)
-    return paces.pace(config, plan_layout(config, ranks), hardware)
+    return paces.pace(ends(config, plan_layout(config, ranks)), hardware)
 
 
 def big(parallel: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
@@ -138,8 +139,7 @@ def test_offload_costs_the_link_to_the_host_and_overlap_hides_transfers() -> Non
     )
     config = big({"zero": {"offload": True}}, train__micro_batch=8)
     layout = plan_layout(config, 8)
-    engine = paces.engine_of(config, layout, 8, first=True, last=True)
-    owned = engine.optimizer / 12
+    owned = portion_of(config, layout, 0).engine.optimizer / 12
     more = offloaded.parts["reduce and gather"] - plain.parts["reduce and gather"]
     assert more == pytest.approx(6 * owned / 50e9)  # fp32 gradients there, bf16 weights back
     assert offloaded.parts["update"] / plain.parts["update"] == pytest.approx(3350 / 50)
@@ -168,7 +168,7 @@ def test_the_wave_is_the_simulator_s(order: str) -> None:
     config = big({"context": 4, "order": order}, train__micro_batch=8)
     layout = plan_layout(config, 4)
     free = H100.model_copy(update={"node_latency_us": H100.launch_us, "node_gb_per_s": _fast()})
-    block = paces.block(config, layout, free)
+    block = paces.block(portion_of(config, layout, 0), free)
     tasks = [
         Task((whole - inside) / 2, inside, (whole - inside) / 2)
         for whole, inside in (
@@ -178,7 +178,7 @@ def test_the_wave_is_the_simulator_s(order: str) -> None:
     ]
     chain = Chain(4, layout.micro_batches, 8, *tasks, order=order)  # type: ignore[arg-type]
     waiting = simulate(chain).seconds - layout.micro_batches * 8 * block.whole
-    found = paces.pace(config, layout, free).parts["wave"]
+    found = paces.pace(ends(config, layout), free).parts["wave"]
     assert found == pytest.approx(waiting, rel=0.02)
 
 
@@ -189,14 +189,14 @@ def _fast() -> Any:
 def test_a_ring_moves_what_the_textbook_says_and_the_slowest_link_decides() -> None:
     """All-reduce: 2 (n - 1) / n of the bytes through each link, as nccl-tests count."""
     config = big()
-    inside, across = (Layout(n, config.parallel, n, 1) for n in (8, 64))
+    inside, across = (Network(Layout(n, config.parallel, n, 1), H100) for n in (8, 64))
     gigabyte = Transfer("all_reduce", "data", "gradients", 1, 2.5e8, 4)
-    seconds = paces._seconds(gigabyte, config, inside, H100)
+    seconds = inside.seconds(gigabyte)
     assert seconds == pytest.approx(1e-5 + 2 * 7 / 8 * 1e9 / (450e9 * 0.8))
-    seconds = paces._seconds(gigabyte, config, across, H100)  # eight ports of 50 GB/s a node
+    seconds = across.seconds(gigabyte)  # eight ports of 50 GB/s a node
     assert seconds == pytest.approx(2.5e-5 + 2 * 63 / 64 * 1e9 / (400e9 * 0.8))
-    gathered = dataclasses.replace(gigabyte, way="all_gather")
-    assert paces._seconds(gathered, config, inside, H100) < seconds
+    gathered = gigabyte._replace(way="all_gather")
+    assert inside.seconds(gathered) < seconds
 
 
 def test_ranks_of_a_group_share_a_node_as_the_layout_places_them() -> None:
@@ -204,7 +204,7 @@ def test_ranks_of_a_group_share_a_node_as_the_layout_places_them() -> None:
     config = big(parallel)
     layout = plan_layout(config, 64)  # nodes of 8: tensor x context
     groups = {
-        name: paces._group(Transfer("all_reduce", name, "", 1, 1, 4), layout, 8)  # type: ignore[arg-type]
+        name: Network(layout, H100).members(name)  # type: ignore[arg-type]
         for name in ("tensor", "context", "data", "pipeline", "world")
     }
     assert groups == {

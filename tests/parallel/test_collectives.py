@@ -6,6 +6,7 @@ reduce-scatter leaves, of what is sent.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from tests.parallel.through_zero import batches_of, start
 from tests.parallel.tiny import micro_batches
 from tests.worlds import run_world
 from titans_pretrain.config import RunConfig
-from titans_pretrain.estimate.held import blocks_of_pieces, engine_of
+from titans_pretrain.estimate.portion import portion_of
 from titans_pretrain.estimate.traffic import total, transfers
 from titans_pretrain.measure.step_benchmark import Collectives
 from titans_pretrain.memory.layer import MemoryLayer
@@ -37,14 +38,11 @@ NAMES = {
 def expected(config: RunConfig, layout: Layout, rank: int) -> Counted:
     """Of a step after the first, by the arithmetic of a plan."""
     place = layout.place(rank)
-    stage, last = place.pipeline, place.pipeline == layout.pipeline - 1
-    blocks = sum(blocks_of_pieces(config, layout)[stage :: layout.pipeline])
-    engine = engine_of(config, layout, blocks, first=stage == 0, last=last)
     segments = None
     if config.model.variant == "mac" and layout.context == 1:
         batches = micro_batches(config, 2, place.data, layout.data_parallel)
-        segments = [_segments(config, batch.positions) for batch in batches]
-    found = total(transfers(config, layout, engine, stage, place.context, segments))
+        segments = Counter(n for batch in batches for n in _segments(config, batch.positions))
+    found = total(transfers(portion_of(config, layout, place.pipeline), place.context, segments))
     return {NAMES.get(way, way): counts for way, counts in found.items() if counts["calls"]}
 
 

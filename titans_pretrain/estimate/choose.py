@@ -9,6 +9,7 @@ from titans_pretrain.config import HardwareConfig, RunConfig
 from titans_pretrain.estimate.held import Held, most
 from titans_pretrain.estimate.options import Choice, legal
 from titans_pretrain.estimate.pace import Pace, pace
+from titans_pretrain.estimate.portion import ends
 from titans_pretrain.parallel.layout import Layout
 
 GIB = 2**30
@@ -67,8 +68,8 @@ def judge(config: RunConfig, layout: Layout, hardware: HardwareConfig) -> Candid
 def _candidate(
     choice: Choice, config: RunConfig, layout: Layout, hardware: HardwareConfig
 ) -> Candidate:
-    held, seconds = most(config, layout), pace(config, layout, hardware)
-    return Candidate(choice, config, layout, held, seconds, room(hardware))
+    found = ends(config, layout)
+    return Candidate(choice, config, layout, most(found), pace(found, hardware), room(hardware))
 
 
 def candidates(

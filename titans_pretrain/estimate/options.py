@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
-from titans_pretrain.config import ParallelConfig, RunConfig, ZeroConfig
+from titans_pretrain.config import RunConfig
+from titans_pretrain.config.section import Section
 from titans_pretrain.errors import ConfigError
 from titans_pretrain.parallel.layout import Layout, plan_layout
 from titans_pretrain.parallel.legal import RULES, Asked
@@ -74,11 +76,16 @@ def changed(config: RunConfig, choice: Choice) -> RunConfig:
         zero["overlap"] = False
     if zero.get("stage", 3) < 3:
         zero["copy_within"] = 1
-    new_zero: ZeroConfig = p.zero.model_copy(update=zero)
-    new: ParallelConfig = p.model_copy(update={**parallel, "zero": new_zero})
-    return config.model_copy(
-        update={"parallel": new, "train": config.train.model_copy(update=train)}
-    )
+    new_zero = _with(p.zero, tuple(zero.items()))
+    new_parallel = _with(p, (*parallel.items(), ("zero", new_zero)))
+    new_train = _with(config.train, tuple(train.items()))
+    return config.model_copy(update={"parallel": new_parallel, "train": new_train})
+
+
+@lru_cache(maxsize=4096)
+def _with(part: Section, values: tuple[tuple[str, Any], ...]) -> Any:
+    """Most candidates share most of their parts."""
+    return part.model_copy(update=dict(values))
 
 
 def layout_of(config: RunConfig, ranks: int) -> Layout | None:

@@ -16,7 +16,7 @@ from titans_pretrain.estimate.choose import (
     cheapest_change,
     difference,
 )
-from titans_pretrain.estimate.held import blocks_of_pieces, engine_of
+from titans_pretrain.estimate.portion import portion_of
 from titans_pretrain.estimate.traffic import Transfer, transfers
 from titans_pretrain.model.counts import flops_per_token, parameter_count
 
@@ -122,10 +122,8 @@ def _collectives(c: Candidate) -> Iterator[str]:
 
 def moved(c: Candidate) -> list[Transfer]:
     """Collectives of a step of the last stage, amid its context ranks."""
-    stage = c.layout.pipeline - 1
-    blocks = sum(blocks_of_pieces(c.config, c.layout)[stage :: c.layout.pipeline])
-    engine = engine_of(c.config, c.layout, blocks, first=stage == 0, last=True)
-    return list(transfers(c.config, c.layout, engine, stage, min(1, c.layout.context - 1)))
+    portion = portion_of(c.config, c.layout, c.layout.pipeline - 1)
+    return list(transfers(portion, min(1, c.layout.context - 1)))
 
 
 def remedy(c: Candidate, fitting: Sequence[Candidate]) -> str:

@@ -159,6 +159,8 @@ class _ChunkedMemory(torch.autograd.Function):
                 part_adjoint(
                     problem, part, swept, reads, anchors, d_part, final, last_anchor, grads, d_room
                 )
+                # Before the next part is computed again.
+                del part, anchors, swept, reads, d_part
             return (None, None, None, *_gather_gradients(problem, grads, kinds, again.tensors))
 
 

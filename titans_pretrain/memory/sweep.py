@@ -261,15 +261,22 @@ def sweep(
             after.append(new[:alive])
 
     swept = Swept(
-        [torch.cat(x) for x in xs],
-        [torch.cat(x) for x in deltas],
+        [_joined(x) for x in xs],
+        [_joined(x) for x in deltas],
         states,
-        [torch.cat(x) for x in before],
-        [torch.cat(x) for x in back],
-        torch.cat(hats) if hats else None,
-        torch.cat(rstds) if rstds else None,
+        [_joined(x) for x in before],
+        [_joined(x) for x in back],
+        _joined(hats) if hats else None,
+        _joined(rstds) if rstds else None,
     )
     return swept, after
+
+
+def _joined(steps: list[Tensor]) -> Tensor:
+    """All rows; the pieces are let go."""
+    whole = torch.cat(steps)
+    steps.clear()
+    return whole
 
 
 def _record_ends(

@@ -6,6 +6,8 @@ G segment, P persistent tokens, R memory tokens of a segment, T tokens of a docu
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from titans_pretrain.config import ModelConfig
 from titans_pretrain.memory.rules import MemorySpec
 from titans_pretrain.memory.sizes import WIDTH
@@ -115,5 +117,9 @@ def flops_per_token(
 
 def memory_shapes(config: ModelConfig) -> tuple[tuple[int, int], ...]:
     """The layers (a, o) of a head's memory."""
-    spec = MemorySpec(depth=config.memory.depth, expansion=config.memory.expansion)
-    return spec.shapes(config.head_width)
+    return _shapes(config.memory.depth, config.memory.expansion, config.head_width)
+
+
+@lru_cache
+def _shapes(depth: int, expansion: int, head_width: int) -> tuple[tuple[int, int], ...]:
+    return MemorySpec(depth=depth, expansion=expansion).shapes(head_width)

@@ -56,14 +56,13 @@ def attention_plan(
     one_document = not start[:, 1:].any() and not (real[:, 1:] & ~real[:, :-1]).any()
     # Pads at a row's end need no mask: no real token comes after them.
     if S != T or not one_document or (window is not None and window < T):
-        document = start.cumsum(1)
-        document, real, everything = (x.to(device) for x in (document, real, everything))
+        document, known, at = (x.to(device) for x in (start.cumsum(1), real, everything))
         column = torch.arange(S, device=device)
         query = column[S - T :, None]
-        mask = (document[:, S - T :, None] == document[:, None, :]) & real[:, None, :]
+        mask = (document[:, S - T :, None] == document[:, None, :]) & known[:, None, :]
         mask &= column <= query
         if window is not None:
-            mask &= everything[:, S - T :, None] - everything[:, None, :] < window
+            mask &= at[:, S - T :, None] - at[:, None, :] < window
         mask |= column == query  # a pad sees itself: a softmax over nothing is NaN
         mask = mask[:, None]
     elif prefix:
@@ -73,7 +72,7 @@ def attention_plan(
     return AttentionPlan(
         rotation=rotation(positions.to(device), head_width, rope_base, dtype),
         mask=mask,
-        positions=everything[:, keep:].cpu(),
+        positions=everything[:, keep:],
         keep=keep,
         before=S - T,
         reach=0 if window is None else max(0, S - (window - 1)),
