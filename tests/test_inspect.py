@@ -109,9 +109,12 @@ def test_a_step_folder_without_checksums_is_a_damaged_checkpoint(tmp_path):
         inspect(tmp_path / "step-00000001")
 
 
+TP4 = ("parallel.tensor=4", "parallel.context=1", "train.micro_batch=1")
+
+
 def test_a_config_tells_its_size_work_and_layouts():
     path = Path(__file__).parent.parent / "configs" / "titans-1.3b.yaml"
-    told = inspect(path, overrides=["model.variant=mal", "train.steps=2"])
+    told = inspect(path, overrides=["model.variant=mal", "train.steps=2", *TP4])
     assert "  mal, 18 blocks, width 2048, 8 heads of 256, MLP 5504\n" in told
     rows = dict(re.findall(r"^  (\w[\w ]*?)  +([\d,.]+)(?: |$)", told, re.MULTILINE))
     assert rows["embedding"] == "65,536,000"

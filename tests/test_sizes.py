@@ -10,8 +10,11 @@ import pytest
 from tests.prepared import ROOT
 from titans_pretrain.config import RunConfig, load_config
 from titans_pretrain.data.tokens import Tokenizer
+from titans_pretrain.estimate.choose import GIB, judge
+from titans_pretrain.estimate.hardware import hardware_of
 from titans_pretrain.model.counts import flops_per_token, parameter_count
 from titans_pretrain.model.titans import TitansLM
+from titans_pretrain.parallel.layout import plan_layout
 
 # Titans, table of sizes (NeurIPS 2025 version, appendix E); the 400M is of our own choice.
 SIZES = {  # blocks, width, heads, peak rate, tokens
@@ -71,18 +74,24 @@ def test_the_header_counts_what_the_model_has(size: str, variant: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_header_s_duration_follows_from_its_arithmetic(size: str) -> None:
-    config = load(size)
-    told = re.search(
-        r"about ([\d.]+) (hours|days) on (\d+) GPUs\. An estimate, never measured:\n"
-        r"#\s+([\d.]+) GFLOP( x 4/3 \(recompute\))? x (\d+)e9 tokens / \((\d+) x 50 TFLOP/s\)",
-        header(size),
-    )
-    assert told is not None
-    time, unit, gpus, gflop, recompute, tokens, divided = told.groups()
-    assert gflop == f"{training_flops(config) / 1e9:.3f}"
-    assert bool(recompute) == (config.train.recompute == "blocks")
-    assert (float(tokens) * 1e9, gpus) == (SIZES[size][4], divided)
-    work = float(gflop) * 1e9 * (4 / 3 if recompute else 1) * float(tokens) * 1e9
-    hours = work / (int(gpus) * 50e12) / 3600
-    assert time == (f"{hours:.0f}" if unit == "hours" else f"{hours / 24:.1f}")
+def test_the_header_s_duration_is_the_plan_s(size: str) -> None:
+    told = " ".join(line.lstrip("# ") for line in header(size).splitlines())
+    [parts] = re.findall(r"Duration: mac about (.*?)\.? By `titans-pretrain plan`", told)
+    found = re.findall(r"(\d+) hours on (\d+)(?: H100s)?(?: with ([\w.=]+))?,? ?(\d+) GiB", parts)
+    assert len(found) == parts.count("hours")
+    for hours, gpus, override, gib in found:
+        config = load_config(path(size), override.split())
+        plan = judge(config, plan_layout(config, int(gpus)), hardware_of("h100"))
+        assert plan.fits
+        assert f"{plan.held.device / GIB:.0f}" == gib
+        tokens = config.train.all_rows() * config.data.sequence_length
+        assert f"{24 * plan.days(tokens):.0f}" == hours
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_variant_fits_into_80_gib(size: str, variant: str) -> None:
+    config = load(size, variant)
+    gpus = 512 if size == "1.3b" else 8
+    for gpu in ("a100", "h100"):
+        assert judge(config, plan_layout(config, gpus), hardware_of(gpu)).fits

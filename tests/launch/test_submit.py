@@ -179,7 +179,7 @@ def test_a_dry_run_of_the_largest_tells_all_and_touches_nothing(tmp_path):
     run = tmp_path / "runs" / "titans-1.3b"
     told = done.stdout.splitlines()
     assert told[0] == "job      none: a dry run, nothing is written (titans-1.3b)"
-    assert told[1] == "ranks    64 nodes x 8 GPUs = 512, TP 4, PP 1, CP 1, DP 128, ZeRO-1"
+    assert told[1] == "ranks    64 nodes x 8 GPUs = 512, TP 1, PP 1, CP 8, DP 64, ZeRO-1"
     assert f"watch    tail -F {run}/logs/job-JOB.out" in told
     assert f"stop     titans-pretrain stop {run}" in told
     assert "  lr: 0.0005" in told

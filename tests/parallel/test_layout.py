@@ -51,37 +51,45 @@ def test_micro_batches_follow_from_the_world_size() -> None:
         plan_layout(config, 3)
 
 
-# Data-parallel degree and micro-batches of a rank, by file and number of GPUs: 1, 8 and 64 nodes.
+# GPUs (1, 8 and 64 nodes) and override -> data-parallel degree and micro-batches of a rank.
+SMALL = {(8, ""): (8, 1), (64, "parallel.context=8"): (8, 1)}
 SHIPPED = {
-    "titans-170m": {8: (8, 8), 64: (64, 1)},
-    "titans-340m": {8: (8, 8), 64: (64, 1)},
-    "titans-400m": {8: (8, 8), 64: (64, 1)},
-    "titans-760m": {8: (8, 8), 64: (64, 1)},
-    "titans-1.3b": {8: (2, 64), 64: (16, 8), 512: (128, 1)},
+    "titans-170m": SMALL,
+    "titans-340m": SMALL,
+    "titans-400m": SMALL,
+    "titans-760m": SMALL,
+    "titans-1.3b": {
+        (8, "train.micro_batch=16"): (1, 8),
+        (64, "train.micro_batch=16"): (8, 1),
+        (512, ""): (64, 1),
+    },
 }
 
 
 def test_the_shipped_sizes_fill_one_and_eight_nodes_and_the_largest_64() -> None:
     assert {path.stem for path in SIZES} == set(SHIPPED)
     for path in SIZES:
-        config = load_config(path)
-        for gpus, (data_parallel, micro_batches) in SHIPPED[path.stem].items():
+        for (gpus, override), (data_parallel, micro_batches) in SHIPPED[path.stem].items():
+            config = load_config(path, override.split())
             layout = plan_layout(config, gpus)
             assert layout.world_size == gpus
             assert (layout.data_parallel, layout.micro_batches) == (data_parallel, micro_batches)
-            assert layout.data_parallel * layout.tensor == gpus
+            assert layout.data_parallel * layout.context == gpus
             rows = config.train.micro_batch * layout.micro_batches * layout.data_parallel
             assert rows * config.data.sequence_length == 524_288
+
+
+ALONE = ("parallel.context=1", "train.micro_batch=1")
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4, 8])
 def test_a_node_s_degrees_divide_every_size(tensor: int) -> None:
     for path in SIZES:
-        config = load_config(path, [f"parallel.tensor={tensor}"])
+        config = load_config(path, [*ALONE, f"parallel.tensor={tensor}"])
         assert plan_layout(config, 64).data_parallel == 64 // tensor
 
 
-# Overrides of the 1.3B, ranks -> the value told and the remedy.
+# Overrides of the 1.3B in TP4, ranks -> the value told and the remedy.
 BAD = {
     ("parallel.tensor=4", 6): ("parallel.tensor=4, 6 ranks", "parallel.tensor=2"),
     ("parallel.tensor=16", 64): ("model.heads=8, parallel.tensor=16", "parallel.tensor=8"),
@@ -96,7 +104,7 @@ BAD = {
 
 @pytest.mark.parametrize(("override", "ranks"), BAD)
 def test_a_layout_that_does_not_fit_is_told_with_its_remedy(override: str, ranks: int) -> None:
-    config = load_config(ROOT / "configs" / "titans-1.3b.yaml", [override])
+    config = load_config(ROOT / "configs" / "titans-1.3b.yaml", [*ALONE, "parallel.tensor=4", override])
     with pytest.raises(ConfigError) as caught:
         plan_layout(config, ranks)
     value, remedy = BAD[override, ranks]
@@ -150,7 +158,7 @@ def test_each_rule_has_a_layout_that_breaks_it() -> None:
 def test_a_layout_is_refused_before_any_process_group() -> None:
     from titans_pretrain.train import run_training
 
-    with pytest.raises(ConfigError, match=r"parallel\.tensor=4, 1 ranks"):
+    with pytest.raises(ConfigError, match=r"parallel\.context=8, 1 ranks"):
         run_training(load_config(ROOT / "configs" / "titans-1.3b.yaml"))
 
 

@@ -48,7 +48,7 @@ def come_to(moment: str, life: int, job: Job, draw: random.Random) -> bool:
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.04))
     else:
-        step = draw.randrange(job.saved + 1, STEPS)
+        step = draw.randint(min(job.saved + 1, STEPS), STEPS)  # it may be saved to its end
         job.until(f"step {step}", or_ended(lambda: job.step >= step), 240)
     return job.state not in ENDED
 
