@@ -104,7 +104,9 @@ BAD = {
 
 @pytest.mark.parametrize(("override", "ranks"), BAD)
 def test_a_layout_that_does_not_fit_is_told_with_its_remedy(override: str, ranks: int) -> None:
-    config = load_config(ROOT / "configs" / "titans-1.3b.yaml", [*ALONE, "parallel.tensor=4", override])
+    config = load_config(
+        ROOT / "configs" / "titans-1.3b.yaml", [*ALONE, "parallel.tensor=4", override]
+    )
     with pytest.raises(ConfigError) as caught:
         plan_layout(config, ranks)
     value, remedy = BAD[override, ranks]
