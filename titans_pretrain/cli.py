@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+from titans_pretrain.arguments import positive
 from titans_pretrain.errors import EXIT_DONE, EXIT_NODE, ConfigError, TitansError
 
 # Commands whose module brings its own arguments: `register(subparsers)` sets `args.run`. Imported
@@ -143,7 +144,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     compare.add_argument("study", metavar="STUDY", type=Path, help="YAML file")
     compare.add_argument("overrides", nargs="*", metavar="a.b=c", help="for every run")
-    compare.add_argument("--jobs", type=_positive, metavar="N", help="runs at a time")
+    compare.add_argument("--jobs", type=positive, metavar="N", help="runs at a time")
     compare.set_defaults(run=_compare)
     plot = commands.add_parser("plot", help="draw a run's loss curve")
     plot.add_argument("folder", metavar="RUN", type=Path, help="the run folder")
@@ -173,11 +174,11 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     train.add_argument("config", metavar="CONFIG", help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="a.b=c", help="e.g. optim.lr=3e-4")
     train.add_argument(
-        "--ranks", type=_positive, metavar="N", help="processes to start on this machine"
+        "--ranks", type=positive, metavar="N", help="processes to start on this machine"
     )
     train.add_argument(
         "--stop-after",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="save after N steps of this start; exit 75",
     )
@@ -185,13 +186,6 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--init-from", metavar="CHECKPOINT", help="weights to start a new run from (step 0)"
     )
     train.set_defaults(run=_train)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
-    return number
 
 
 def _train(args: argparse.Namespace) -> int:

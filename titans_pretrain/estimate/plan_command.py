@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from titans_pretrain.arguments import positive
 from titans_pretrain.config import HardwareConfig, RunConfig, load_config
 from titans_pretrain.errors import EXIT_DONE, ConfigError
 from titans_pretrain.estimate import report
@@ -28,10 +29,10 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     add("config", metavar="CONFIG", nargs="?", help="YAML file")
     add("overrides", nargs="*", metavar="a.b=c", help="e.g. model.variant=mag")
     add("--gpu", metavar="NAME", help=f"{', '.join(known())}, or a hardware file")
-    add("--nodes", type=_positive, default=1, metavar="N", help="default: 1")
-    add("--gpus-per-node", type=_positive, metavar="G", help="default: the hardware file's")
+    add("--nodes", type=positive, default=1, metavar="N", help="default: 1")
+    add("--gpus-per-node", type=positive, metavar="G", help="default: the hardware file's")
     add("--tokens", type=float, metavar="N", help="to train on, e.g. 100e9; default: the config's")
-    add("--top", type=_positive, default=10, metavar="N", help="layouts shown; default: 10")
+    add("--top", type=positive, default=10, metavar="N", help="layouts shown; default: 10")
     add("--offload", action="store_true", help="with the optimizer's state in the host's memory")
     add("--csv", type=Path, metavar="FILE", help="every legal layout, a line each")
     add("--json", type=Path, metavar="FILE", help="the same, with seconds and collectives")
@@ -112,10 +113,3 @@ def _require_vocabulary(config: RunConfig) -> None:
             "embedding and head are part of a plan; a run takes their size from its data",
             "add model.vocab_size=32000, or what the tokenizer has",
         )
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
-    return number

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from titans_pretrain.arguments import positive
 from titans_pretrain.config import (
     PreflightConfig,
     RunConfig,
@@ -45,8 +46,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     add = parser.add_argument
     add("config", metavar="CONFIG", help="YAML file")
     add("overrides", nargs="*", metavar="a.b=c", help="e.g. optim.lr=3e-4")
-    add("--nodes", type=_positive, required=True, metavar="N")
-    add("--gpus-per-node", type=_positive, metavar="G", help="default: the site's")
+    add("--nodes", type=positive, required=True, metavar="N")
+    add("--gpus-per-node", type=positive, metavar="G", help="default: the site's")
     add("--time", metavar="T", help="limit of a life, e.g. 24:00:00")
     add("--site", metavar="FILE", help="what the cluster is like: configs/site/")
     add("--name", help="of the job; default: the run folder's")
@@ -60,15 +61,15 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     add(
         "--array-limit",
-        type=_positive,
+        type=positive,
         default=0,
         metavar="K",
         help="runs of --array at a time: each waits for the end of the one K before it",
     )
-    add("--array-most", type=_positive, default=MOST, metavar="N", help=f"default: {MOST} runs")
+    add("--array-most", type=positive, default=MOST, metavar="N", help=f"default: {MOST} runs")
     add(
         "--chain",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="N jobs one after the other, where a job may not queue itself again",
     )
@@ -77,13 +78,6 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     add("--force", action="store_true", help="submit although by estimate it does not fit")
     add("--dry-run", action="store_true", help="print all of it; submit and write nothing")
     parser.set_defaults(run=submit_run)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
-    return number
 
 
 def submit_run(args: argparse.Namespace) -> int:
