@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent / "titans_pretrain"
 # Room -> the modules of the package that it may import, as prefixes; its own room always.
 ARROWS = {
     "errors": (),
+    "arguments": (),
     "config": ("errors",),
     "data": ("config", "errors"),
     "memory": (),
@@ -24,13 +25,13 @@ ARROWS = {
     "phases": (),
     "cut": ("config", "model.counts", "parallel.layout"),
     "run": ("config", "errors", "parallel.layout", "phases"),
-    "launch": ("config", "errors", "run", "parallel.layout", "estimate"),
+    "launch": ("arguments", "config", "errors", "run", "parallel.layout", "estimate"),
     "measure": (
         *("config", "errors", "data", "memory", "model", "parallel", "run", "launch"),
         *("phases", "feed", "step", "watch", "estimate"),
     ),
     "estimate": (
-        *("config", "errors", "cut", "memory.sizes"),
+        *("arguments", "config", "errors", "cut", "memory.sizes"),
         *("model.counts", "model.saved", "model.shapes"),
         *("parallel.layout", "parallel.legal", "parallel.plan", "parallel.wavefront"),
         "measure.hardware",  # for --measure alone: it needs torch
