@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.parallel.parity import parity_config
 from titans_pretrain.config import HardwareConfig, ModelConfig, RunConfig
@@ -15,6 +16,7 @@ from titans_pretrain.estimate.hardware import hardware_of, known
 from titans_pretrain.estimate.network import Network
 from titans_pretrain.estimate.portion import ends, portion_of
 from titans_pretrain.estimate.traffic import Transfer
+from titans_pretrain.model.loss import token_loss
 from titans_pretrain.model.titans import TitansLM, initialise
 from titans_pretrain.parallel.layout import Layout, plan_layout
 from titans_pretrain.parallel.wavefront import Chain, Task, simulate
@@ -222,3 +224,32 @@ def test_every_hardware_file_names_a_source_for_each_figure(name: str) -> None:
     figures = {k: v for k, v in found.items() if isinstance(v, dict)}
     assert len(figures) == 15
     assert all(len(figure["source"]) > 20 for figure in figures.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_the_loss_moves_of_a_logit_is_counted(precision: str) -> None:
+    """Reads and writes of all tensors with a logit for each token and piece, but in products; the
+    loss picks one logit of a row."""
+    tokens, vocabulary = 64, 1024
+    moved, still = 0, ("mm", "nll_loss_forward", "_unsafe_view")
+
+    class Moved(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            nonlocal moved
+            out = func(*args, **(kwargs or {}))
+            name = func.overloadpacket.__name__
+            if not func.is_view and name not in still:
+                for tensor in tree_leaves((args, out)):
+                    if isinstance(tensor, torch.Tensor) and tensor.numel() == tokens * vocabulary:
+                        moved += tensor.nbytes
+            return out
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    x = torch.zeros(1, tokens, 8, dtype=dtype, requires_grad=True)
+    head = torch.zeros(vocabulary, 8, dtype=dtype, requires_grad=True)
+    with Moved():
+        logits = torch.nn.functional.linear(x, head)
+        token_loss(logits, torch.zeros(1, tokens, dtype=torch.int64)).sum().backward()
+    assert moved / (tokens * vocabulary) == paces.OF_A_LOGIT[precision]

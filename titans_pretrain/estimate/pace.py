@@ -33,6 +33,8 @@ LAUNCHES = {
     "mal": (195, 514),
 }
 OF_A_CHUNK, OF_A_RUN, OF_A_SEGMENT = (28, 100), (74, 212), (109, 295)
+# Bytes of a logit that loss and gradient read and write, products with the head aside: counted.
+OF_A_LOGIT = {"fp32": 28, "bf16": 40}
 flops_of = lru_cache(maxsize=64)(flops_per_token)
 BACKWARD = 2.0  # times the work of a forward
 # Where transfers overlap with work: the share of the work that they can hide behind (assumed), and
@@ -193,7 +195,8 @@ def _head(portion: Portion, hardware: HardwareConfig) -> float:
     logits = portion.tokens * (model.vocab_size or 0) / portion.config.parallel.tensor
     flops = 2.0 * model.width * logits
     peak = hardware.tflops(precision) * 1e12 * hardware.matmul.value
-    return (1 + BACKWARD) * flops / peak + 6 * 4 * logits / (hardware.memory_gb_per_s.value * 1e9)
+    moved = OF_A_LOGIT[precision] * logits / (hardware.memory_gb_per_s.value * 1e9)
+    return (1 + BACKWARD) * flops / peak + moved
 
 
 def _wave(portion: Portion, one: Block, hop: float) -> float:
