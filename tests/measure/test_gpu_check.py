@@ -463,12 +463,12 @@ def test_plain_steps_are_those_of_the_engines(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_in_memory_is_known_before() -> None:
     task = replace(TRY, dry=False)
-    two = large_config(task, "170m", "transformer", {"stage": 1})
-    one = large_config(task, "170m", "transformer", {"stage": 1}, rows=1)
-    assert two.train.micro_batch == 2 and two.data.sequence_length == 4096
+    many = large_config(task, "170m", "transformer", {"stage": 1})
+    half = large_config(task, "170m", "transformer", {"stage": 1}, rows=8)
+    assert many.train.micro_batch == 16 and many.data.sequence_length == 4096
     held = 24 * 134_105_856
-    working = needed_bytes(two) - held
-    assert needed_bytes(one) - held == pytest.approx(working / 2, rel=0.05)
+    working = needed_bytes(many) - held
+    assert needed_bytes(half) - held == pytest.approx(working / 2, rel=0.05)
     assert 1 * GIB < working < 40 * GIB
 
 

@@ -29,6 +29,7 @@ WARM_UP, TIMED = 2, 3
 # buffers of a reduction.
 HELD_BYTES = 24
 CONFIGS = Path(__file__).parents[3] / "configs"
+DRY_ROWS = 2
 TINY = {
     "model.heads": 2,
     "model.width": 32,
@@ -59,7 +60,7 @@ def large_config(
     a rate at which a repeated batch is learned at once."""
     path = CONFIGS / f"titans-{size}.yaml"
     given = load_config(path)
-    rows = rows or given.train.micro_batch
+    rows = rows or (DRY_ROWS if task.dry else given.train.micro_batch)
     tiny = {**TINY, "model.blocks": 2 if size == "170m" else 3} if task.dry else {}
     overrides = {
         **tiny,
@@ -82,8 +83,8 @@ def _measure(task: Task, size: str, variant: str, zero: dict[str, Any]) -> dict[
     world = _world(task, config) if task.engines else None
     free = _free_bytes(task, world)
     needed = needed_bytes(config)
-    if needed > free and config.train.micro_batch > 1:
-        config = large_config(task, size, variant, zero, rows=1)
+    while needed > free and config.train.micro_batch > 1:
+        config = large_config(task, size, variant, zero, rows=config.train.micro_batch // 2)
         needed = needed_bytes(config)
     if needed > free:
         why = f"it needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
