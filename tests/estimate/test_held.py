@@ -13,7 +13,7 @@ from tests.worlds import run_world
 from titans_pretrain.config import RunConfig
 from titans_pretrain.estimate import held
 from titans_pretrain.estimate.options import legal
-from titans_pretrain.estimate.portion import ends, portion_of, portions
+from titans_pretrain.estimate.portion import ends, portion_of
 from titans_pretrain.measure.footprint import held_bytes
 from titans_pretrain.parallel.layout import plan_layout
 from titans_pretrain.parallel.pipeline import Stage
@@ -189,7 +189,8 @@ def test_the_first_stage_or_the_last_holds_most() -> None:
     checked = 0
     for _, candidate, layout in legal(config, 16):
         if layout.pipeline > 2:
-            every = max(h.device for h in map(held.held_by, portions(candidate, layout)))
+            everywhere = (portion_of(candidate, layout, s) for s in range(layout.pipeline))
+            every = max(h.device for h in map(held.held_by, everywhere))
             assert held.most(ends(candidate, layout)).device == every
             checked += 1
     assert checked > 20

@@ -12,7 +12,7 @@ from functools import lru_cache
 from titans_pretrain.config import ModelConfig
 from titans_pretrain.estimate.portion import Portion
 from titans_pretrain.memory.sizes import runs
-from titans_pretrain.model.counts import memory_shapes
+from titans_pretrain.model.counts import memory_elements, memory_shapes
 from titans_pretrain.model.saved import saved_bytes
 from titans_pretrain.parallel.wavefront import Chain, Order, Task, most_alive, program
 
@@ -177,8 +177,7 @@ def states_handed(portion: Portion) -> float:
     model = portion.config.model
     if model.variant == "transformer":
         return 0.0
-    elements = model.heads * sum(a * o for a, o in memory_shapes(model))
-    return 2.0 * 4 * portion.rows * elements / portion.config.parallel.tensor
+    return 2.0 * 4 * portion.rows * memory_elements(model) / portion.config.parallel.tensor
 
 
 def _in_a_block(portion: Portion) -> float:
@@ -204,9 +203,8 @@ def _in_a_memory(portion: Portion) -> float:
     tokens = min(portion.length, model.segment) if model.variant == "mac" else portion.length
     chunks = -(-tokens // model.memory.chunk)
     run = max(end - begin for begin, end in runs(chunks))
-    shapes = memory_shapes(model)
-    state = 2 * model.heads * sum(a * o for a, o in shapes)
-    hidden, narrow = sum(o for _, o in shapes[:-1]), model.head_width
+    state = 2 * memory_elements(model)
+    hidden, narrow = sum(o for _, o in memory_shapes(model)[:-1]), model.head_width
     states: float = 2 * run + STATES
     features: float = run * model.memory.chunk * (HIDDEN * hidden + NARROW * narrow)
     if portion.handed:

@@ -150,7 +150,7 @@ class Portion(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Tokens of a row."""
+        """Tokens of a row that come at once: of a context rank, in one of the row's segments."""
         p = self.config.parallel
         return self.config.data.sequence_length // (p.context * p.segments)
 
@@ -183,11 +183,6 @@ def portion_of(config: RunConfig, layout: Layout, stage: int) -> Portion:
         config.data.sequence_length,
     )  # fmt: skip
     return Portion(config, layout, stage, blocks, engine)
-
-
-def portions(config: RunConfig, layout: Layout) -> list[Portion]:
-    """Of every stage."""
-    return [portion_of(config, layout, stage) for stage in range(layout.pipeline)]
 
 
 def ends(config: RunConfig, layout: Layout) -> list[Portion]:

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from titans_pretrain.estimate.held import REUSED
 from titans_pretrain.estimate.portion import Portion
 from titans_pretrain.memory.sizes import TAIL
-from titans_pretrain.model.counts import memory_shapes
+from titans_pretrain.model.counts import memory_elements
 
 Group = Literal["world", "model", "tensor", "context", "pipeline", "data"]
 Way = Literal["all_reduce", "all_gather", "reduce_scatter", "send", "recv"]
@@ -174,7 +174,7 @@ def handed(portion: Portion, index: int) -> dict[str, float]:
     micro-batch, of a tensor-parallel rank's heads. Weights, momentum and tails are fp32."""
     model, e = portion.config.model, portion.element
     tails = 4 * TAIL * model.width
-    weights = 4 * model.heads * sum(a * o for a, o in memory_shapes(model))
+    weights = 4 * memory_elements(model)
     found: dict[str, float] = {}
     if model.variant == "mac":
         if model.memory.pool is not None:

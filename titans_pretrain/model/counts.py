@@ -29,7 +29,7 @@ def parameter_count(config: ModelConfig) -> dict[str, int]:
         gates = (D + 1) * H * L * 3
         memory = maps * D * D + 3 * WIDTH * D + gates + D  # + convolutions, and the read's norm
         memory += 2 * D * config.memory.residual_norm
-        fast = H * sum(a * o for a, o in memory_shapes(config))
+        fast = memory_elements(config)
     if config.memory.projections == "block_diagonal":  # attention.o; q, k, v and gates
         attention -= D * D - D * config.head_width
         memory -= (3 * D + 3 * H * L) * (D - config.head_width)
@@ -118,6 +118,11 @@ def flops_per_token(
 def memory_shapes(config: ModelConfig) -> tuple[tuple[int, int], ...]:
     """The layers (a, o) of a head's memory."""
     return _shapes(config.memory.depth, config.memory.expansion, config.head_width)
+
+
+def memory_elements(config: ModelConfig) -> int:
+    """Fast weights of a block, all heads together."""
+    return config.heads * sum(a * o for a, o in memory_shapes(config))
 
 
 @lru_cache

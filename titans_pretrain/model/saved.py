@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from titans_pretrain.config import ModelConfig
 from titans_pretrain.memory.sizes import TAIL, WIDTH, runs
-from titans_pretrain.model.counts import memory_shapes
+from titans_pretrain.model.counts import memory_elements
 
 
 def saved_bytes(
@@ -45,7 +45,7 @@ def saved_bytes(
     mixer, states = _MIXERS[config.variant](config, rows, tokens, e, w)
     whole = _whole(config, n, e)
     if handed and config.variant != "transformer":
-        states += 2 * _products(config) * w
+        states += 2 * memory_elements(config) * w
     copies = _copies(config, tokens) * w if e < w else 0
     turned = 0 if config.variant == "lmm" else config.head_width  # cosines and sines
     logits = norm + D * e + (config.vocab_size or 0) * w / tensor
@@ -62,11 +62,6 @@ def saved_bytes(
 def boundaries(steps: int) -> int:
     """States that the memory keeps inside so many chunks."""
     return max(0, len(runs(steps)) - 1)
-
-
-def _products(config: ModelConfig) -> int:
-    """Elements of a memory's weights."""
-    return config.heads * sum(a * o for a, o in memory_shapes(config))
 
 
 def _conv(config: ModelConfig, w: int, tokens: int) -> float:
@@ -92,10 +87,10 @@ def _copies(config: ModelConfig, tokens: int) -> float:
         return 0
     D, H, L = config.width, config.heads, config.memory.depth
     reads = config.head_width if config.memory.projections == "block_diagonal" else D
-    call = 3 * WIDTH * D + 3 * H * L * reads + _products(config) + 3 * D
+    call = 3 * WIDTH * D + 3 * H * L * reads + memory_elements(config) + 3 * D
     if config.variant == "mac":
         segments = -(-tokens // config.segment)
-        return segments * call + _products(config) + WIDTH * D
+        return segments * call + memory_elements(config) + WIDTH * D
     return call * (2 if config.variant in ("mag", "mal") and config.persistent_tokens else 1)
 
 
@@ -137,14 +132,14 @@ def _transformer(config: ModelConfig, rows: int, tokens: int, e: int, w: int) ->
 def _lmm(config: ModelConfig, rows: int, tokens: int, e: int, w: int) -> Kept:
     kept = boundaries(-(-tokens // config.memory.chunk))
     mixer = _written(config, e, w, tokens) + _normed(config, w) + 4 * config.width * e
-    return mixer, 2.0 * _products(config) * kept * w
+    return mixer, 2.0 * memory_elements(config) * kept * w
 
 
 def _prefixed(config: ModelConfig, rows: int, tokens: int, w: int) -> Kept:
     """Persistent tokens as part of a token, and the states; they are the same for all rows."""
     P, C = config.persistent_tokens, config.memory.chunk
     kept = boundaries(-(-tokens // C)) + (bool(P) + boundaries(-(-P // C))) / rows
-    return P / (rows * tokens), 2.0 * _products(config) * kept * w
+    return P / (rows * tokens), 2.0 * memory_elements(config) * kept * w
 
 
 def _mag(config: ModelConfig, rows: int, tokens: int, e: int, w: int) -> Kept:
@@ -178,7 +173,7 @@ def _mac(config: ModelConfig, rows: int, tokens: int, e: int, w: int) -> Kept:
     # Between segments weights and momentum. For what asks: the weights, where they are kept as
     # differences from the first ones; the first ones, where several rows have a copy each.
     asked_of = (segments - 1) * (config.memory.decay_to == "init") + (rows > 1 < H)
-    states = _products(config) * (2 * kept + 2 * (segments - 1) + asked_of) * w
+    states = memory_elements(config) * (2 * kept + 2 * (segments - 1) + asked_of) * w
     if config.memory.projections == "block_diagonal":  # blocks of attention's k and v, each time
         asked += 2 * D * config.head_width * e / (rows * G)
     return asked + attended + written + out, states
