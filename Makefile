@@ -3,8 +3,9 @@ PYTHON ?= python3.11
 VENV ?= .venv
 RUN ?= runs/demo
 RANKS ?= 2
-# Processes that run tests side by side (a file's tests stay together).
-WORKERS ?= 2
+# Processes that run tests side by side (a file's tests stay together): one has Slurm's, which mostly
+# wait, and two compute.
+WORKERS ?= 3
 ARGS ?=
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' requirements.txt)

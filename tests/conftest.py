@@ -14,8 +14,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SLURM = Path(__file__).parent / "slurm"
+BESIDE = 5  # niceness of a worker of pytest -n; the one that has Slurm's tests takes it back
 
 WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        os.nice(BESIDE)
 
 
 @pytest.fixture(autouse=True)

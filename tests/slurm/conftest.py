@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests import torture
+from tests.conftest import BESIDE
 from tests.prepared import small_dataset
 from tests.slurm.cluster import Cluster, why_not
 from tests.slurm.faults import tree
@@ -22,12 +24,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def started() -> Iterator[Cluster]:
     if reason := why_not():
         pytest.skip(f"no Slurm: {reason}")
-    started = Cluster()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.nice(-BESIDE)  # its timeouts are short, and what other workers compute is in no hurry
+    cluster = Cluster()
+    yield cluster
+    cluster.down()
+
+
+@pytest.fixture
+def cluster(started: Cluster, request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """The one cluster of all tests; made anew after a test that failed, which may have left a node
+    without power, a full disk or jobs behind."""
+    failed = request.session.testsfailed
     yield started
-    started.down()
+    if request.session.testsfailed > failed:
+        started("down")
+        started("up")
 
 
 @pytest.fixture(scope="session")
