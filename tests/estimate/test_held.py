@@ -100,7 +100,8 @@ WIDE = {
 
 
 def kept(config: RunConfig) -> tuple[int, float]:
-    """Bytes that the forward of one micro-batch keeps on this rank, and what a plan says."""
+    """Bytes that the forward of one micro-batch, or segment, keeps on this rank, and what a plan
+    says."""
     world, step = start(config)
     (batch,) = batches_of(config, 1, world)
     # One document that fills the row.
@@ -113,22 +114,25 @@ def kept(config: RunConfig) -> tuple[int, float]:
     # A plan counts the rank that holds most: one with a rank before it.
     first = config.parallel.context > 1 and world.place.context == 0
     world.shut_down()
-    return saved.bytes(), 0.0 if first else expected
+    return saved.bytes() // config.parallel.segments, 0.0 if first else expected
 
 
 # Stage 3 gathers weights, which autograd then keeps; interleaved stages are below.
 KEPT = [("mac", name) for name in LAYOUTS if " x " not in name and "Z3" not in name]
 SIMPLE = ("alone", "TP2", "TP2+SP", "PP2", "CP2")
 KEPT += [(variant, name) for variant in ("transformer", "lmm", "mag", "mal") for name in SIMPLE]
+SEGMENTED: Layouts = {"2 segments": (1, {"segments": 2})}
+KEPT += [(variant, name) for variant in ("mac", "mag") for name in SEGMENTED]
 
 
 @pytest.mark.parametrize(("variant", "layout"), KEPT)
 def test_what_a_forward_keeps_is_within_five_percent(variant: str, layout: str) -> None:
-    ranks, parallel = LAYOUTS[layout]
+    ranks, parallel = (LAYOUTS | SEGMENTED)[layout]
     data = ranks
     for degree in ("tensor", "pipeline", "context"):
         data //= parallel.get(degree, 1)
-    length = {**WIDE, "data__sequence_length": 128 * max(1, parallel.get("context", 1) // 2)}
+    times = max(1, parallel.get("context", 1) // 2) * parallel.get("segments", 1)
+    length = {**WIDE, "data__sequence_length": 128 * times}
     config = parity_config(variant, parallel, train__global_batch=data, **length)
     for found, expected in run_world(kept, ranks, config):
         assert not expected or expected == pytest.approx(found, rel=0.05), expected / found
@@ -174,6 +178,7 @@ def most_alive(config: RunConfig) -> tuple[float, float]:
         (2, {"context": 2, "order": "FFBB"}),
         (4, {"context": 4, "order": "skewed"}),
         (2, {"context": 2, "segments": 2, "order": "FFBB"}),
+        (1, {"segments": 2}),
         (4, {"context": 2, "pipeline": 2}),
     ],
     ids=str,

@@ -19,7 +19,7 @@ from titans_pretrain.estimate.traffic import Transfer
 from titans_pretrain.model.loss import token_loss
 from titans_pretrain.model.titans import TitansLM, initialise
 from titans_pretrain.parallel.layout import Layout, plan_layout
-from titans_pretrain.parallel.wavefront import Chain, Task, simulate
+from titans_pretrain.parallel.wavefront import Chain, Order, Task, simulate
 
 H100 = hardware_of("h100")
 VIEWS = {
@@ -165,9 +165,10 @@ def test_a_pipeline_s_bubble_is_the_textbook_s() -> None:
         assert found.parts["bubble"] / work == pytest.approx(3 / 16 / interleave)
 
 
-@pytest.mark.parametrize("order", ["FB", "FFBB"])
-def test_the_wave_is_the_simulator_s(order: str) -> None:
-    config = big({"context": 4, "order": order}, train__micro_batch=8)
+@pytest.mark.parametrize(("order", "segments"), [("FB", 1), ("FFBB", 1), ("FFBB", 2)])
+def test_the_wave_is_the_simulator_s(order: Order, segments: int) -> None:
+    parallel = {"context": 4, "order": order, "segments": segments}
+    config = big(parallel, train__micro_batch=8)
     layout = plan_layout(config, 4)
     free = H100.model_copy(update={"node_latency_us": H100.launch_us, "node_gb_per_s": _fast()})
     block = paces.block(portion_of(config, layout, 0), free)
@@ -178,8 +179,9 @@ def test_the_wave_is_the_simulator_s(order: str) -> None:
             (block.backward, block.memory_backward),
         )
     ]
-    chain = Chain(4, layout.micro_batches, 8, *tasks, order=order)  # type: ignore[arg-type]
-    waiting = simulate(chain).seconds - layout.micro_batches * 8 * block.whole
+    passes = layout.micro_batches * segments
+    chain = Chain(4, passes, 8, *tasks, order=order, segments=segments)
+    waiting = simulate(chain).seconds - passes * 8 * block.whole
     found = paces.pace(ends(config, layout), free).parts["wave"]
     assert found == pytest.approx(waiting, rel=0.02)
 

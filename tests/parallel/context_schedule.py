@@ -109,19 +109,27 @@ def in_segments_plain(case: str) -> Run:
 
 
 def in_segments(cases: list[str]) -> dict[str, Run]:
+    link = join_in_segments()
+    return {case: segments_run(link, case) for case in cases}
+
+
+def join_in_segments() -> Link:
     dist.init_process_group("gloo")
-    link = Link.join(range(dist.get_world_size()), CPU, timeout_s=60, segments=SEGMENTS)
-    runs = {}
-    for case in cases:
-        model = hot_model(model_config(case))
-        model.recompute = case == "mac"
-        hand_on(model, link)
-        total = torch.zeros((), dtype=torch.float64)
-        for batch in stretches(model):
-            loss = batch_loss(model, shard(batch, link.index, link.size))
-            loss.backward()
-            total += loss.detach()
-        link.drain()
-        dist.all_reduce(total)
-        runs[case] = Run(total.item(), reduced(model))
-    return runs
+    return Link.join(range(dist.get_world_size()), CPU, timeout_s=60, segments=SEGMENTS)
+
+
+def segments_run(link: Link, case: str, order: str = "FB") -> Run:
+    model = hot_model(model_config(case))
+    model.recompute = case == "mac"
+    hand_on(model, link)
+    losses: list[Tensor] = []
+    for batch in stretches(model):
+        losses.append(batch_loss(model, shard(batch, link.index, link.size)))
+        if order == "FB":
+            losses[-1].backward()
+    for loss in losses if order == "FFBB" else ():
+        loss.backward()
+    link.drain()
+    total = torch.stack([loss.detach() for loss in losses]).sum()
+    dist.all_reduce(total)
+    return Run(total.item(), reduced(model))

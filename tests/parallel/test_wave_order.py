@@ -6,8 +6,10 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import combinations
 from typing import Any, get_args
+from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.worlds import run_world
@@ -15,6 +17,7 @@ from titans_pretrain.config import ParallelConfig, TrainConfig
 from titans_pretrain.measure.wave_benchmark import step
 from titans_pretrain.parallel.layout import Layout
 from titans_pretrain.parallel.link import Link
+from titans_pretrain.parallel.pipeline import Schedule
 from titans_pretrain.parallel.wavefront import Act, Chain, Order, Task, program, simulate, waits
 from titans_pretrain.parallel.world import context_ranks, start_world
 
@@ -85,3 +88,16 @@ def test_what_another_order_does_is_not_as_simulated(order: Order) -> None:
             assert disagreements(here, acts), other
     early = [replace(a, begin=a.begin - 0.2, end=a.end - 0.2) if a.rank == 1 else a for a in acts]
     assert disagreements(c, early)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("order", ["FB", "FFBB", "skewed"])
+def test_an_order_that_may_hang_is_warned_of(caplog, order: str, device: str) -> None:
+    """Once, where sends may wait for their receives."""
+    layout = Layout(2, ParallelConfig.model_validate({"context": 2, "order": order}), 1, 1)
+    for rank in (0, 1):
+        with mock.patch.object(dist, "get_rank", lambda: rank):  # noqa: B023
+            Schedule([], layout, torch.device(device), rank)
+    said = [r.getMessage() for r in caplog.records]
+    assert len(said) == (order == "skewed" and device == "cuda")
+    assert all("parallel.order=skewed" in message for message in said)

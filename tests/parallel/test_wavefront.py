@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -16,19 +17,24 @@ SLEPT = Chain(4, 1, 8, Task(0.006, 0.012, 0.018), Task(0.036, 0.024, 0.012))
 
 
 @pytest.mark.parametrize(
-    ("order", "micro_batches", "seconds"),
+    ("ranks", "order", "micro_batches", "seconds"),
     [
-        ("F", 1, 0.324),
-        ("F", 4, 1.188),
-        ("FB", 1, 0.972),
-        ("FB", 4, 3.888),
-        ("FFBB", 2, 1.836),
-        ("FFBB", 4, 3.564),
-        ("skewed", 4, 3.564),
+        (4, "F", 1, 0.324),
+        (4, "F", 4, 1.188),
+        (4, "FB", 1, 0.972),
+        (4, "FB", 4, 3.888),
+        (4, "FFBB", 2, 1.836),
+        (4, "FFBB", 4, 3.564),
+        (4, "skewed", 4, 3.564),
+        (2, "F", 4, 1.164),
+        (2, "FB", 1, 0.9),
+        (2, "FB", 4, 3.6),
+        (2, "FFBB", 4, 3.492),
+        (2, "skewed", 4, 3.492),
     ],
 )
-def test_known_steps(order: Order, micro_batches: int, seconds: float) -> None:
-    c = dataclasses.replace(SLEPT, order=order, micro_batches=micro_batches)
+def test_known_steps(ranks: int, order: Order, micro_batches: int, seconds: float) -> None:
+    c = dataclasses.replace(SLEPT, ranks=ranks, order=order, micro_batches=micro_batches)
     assert formula(c) == pytest.approx(seconds)
     assert simulate(c).seconds == pytest.approx(seconds)
 
@@ -39,14 +45,20 @@ def test_known_steps(order: Order, micro_batches: int, seconds: float) -> None:
     st.integers(1, 5),
     st.integers(1, 9),
     st.tuples(*[st.integers(0, 5)] * 3),
+    st.integers(1, 3),
 )
 def test_the_simulation_is_the_formula(
-    order: Order, ranks: int, micro_batches: int, layers: int, parts: tuple[int, ...]
+    order: Order,
+    ranks: int,
+    micro_batches: int,
+    layers: int,
+    parts: tuple[int, ...],
+    segments: int,
 ) -> None:
     """While a rank's own work lasts longer than the wave needs to come round to it."""
     before, memory, after = parts
     forward, backward = Task(before, memory, after), Task(2 * after, 2 * memory, 2 * before)
-    c = Chain(ranks, micro_batches, layers, forward, backward, order)
+    c = Chain(ranks, micro_batches, layers, forward, backward, order, segments=segments)
     if layers * forward.whole >= (ranks - 1) * memory:
         assert simulate(c).seconds == pytest.approx(formula(c))
 
@@ -81,17 +93,25 @@ def test_2m_tokens_on_64_ranks() -> None:
 
 
 def test_segments_follow_one_another() -> None:
+    """The first rank begins the next one when the last has left this one: FB waits for that anyway,
+    FFBB would not (0.994)."""
     rest = 5 / 12
     c = Chain(8, 8, 24, Task(rest, 1 / 6, rest), Task(2 * rest, 1 / 3, 2 * rest), segments=8)
     assert 1 - simulate(c).idle == pytest.approx(0.954, abs=1e-3)
     ahead = dataclasses.replace(c, order="FFBB")
-    assert 1 - simulate(ahead).idle == pytest.approx(0.994, abs=1e-3)
+    assert 1 - simulate(ahead).idle == pytest.approx(0.980, abs=1e-3)
 
 
-def test_the_skewed_order_needs_sends_that_do_not_block() -> None:
-    c = dataclasses.replace(SLEPT, micro_batches=4, blocking=True)
-    assert math.isfinite(simulate(c).seconds)
-    assert math.isinf(simulate(dataclasses.replace(c, order="skewed")).seconds)
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_send_may_wait_for_its_receive_but_in_the_skewed_order(
+    ranks: int, segments: int
+) -> None:
+    c = dataclasses.replace(SLEPT, ranks=ranks, micro_batches=4, segments=segments, blocking=True)
+    for order in get_args(Order):
+        for stages in (1, 2):
+            wave = simulate(dataclasses.replace(c, order=order, stages=stages))
+            assert math.isfinite(wave.seconds) == (order != "skewed" or ranks == 1), order
 
 
 @pytest.mark.parametrize("order", ["FB", "FFBB", "skewed"])

@@ -201,10 +201,13 @@ def _head(portion: Portion, hardware: HardwareConfig) -> float:
 
 def _wave(portion: Portion, one: Block, hop: float) -> float:
     """Seconds in which a context rank waits for the tokens before: parallel/wavefront.py's formula.
-    The skew is paid once a step, in FB once a micro-batch. A hand-over, of `hop` seconds, is part
-    of the way."""
-    skew = (portion.layout.context - 1) * (one.memory_forward + one.memory_backward + 2 * hop)
-    return skew * (portion.passes if portion.config.parallel.order == "FB" else 1)
+    The skew is paid once a step, in FB once a micro-batch; by forwards also where a segment follows
+    another. A hand-over, of `hop` seconds, is part of the way."""
+    forwards, backwards = 1 + portion.passes - portion.layout.micro_batches, 1
+    if portion.config.parallel.order == "FB":
+        forwards = backwards = portion.passes
+    skew = forwards * (one.memory_forward + hop) + backwards * (one.memory_backward + hop)
+    return (portion.layout.context - 1) * skew
 
 
 def _exposed(engine: Engine, seconds: float, work: float, hardware: HardwareConfig) -> float:

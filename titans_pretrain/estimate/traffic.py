@@ -151,7 +151,8 @@ def _tensor(portion: Portion, segments: Mapping[int, int]) -> Iterator[Transfer]
 
 def _context(portion: Portion, index: int) -> Iterator[Transfer]:
     """States go from rank to rank, their gradients back; each message is of this rank's heads.
-    Where a row comes in segments, the last rank's go round to the first one, without gradients."""
+    Where a row comes in segments, the last rank's go round to the first one, those of all blocks of
+    a piece at once, behind their length; without gradients."""
     segments, last = portion.config.parallel.segments, portion.layout.context - 1
     rows = portion.layout.micro_batches * portion.blocks
     to = handed(portion, index)  # the next rank
@@ -163,10 +164,13 @@ def _context(portion: Portion, index: int) -> Iterator[Transfer]:
         if index > 0:  # from the one before, and back
             yield Transfer("recv", "context", what, rows * segments, of[what], 1)
             yield Transfer("send", "context", what, rows * segments, of[what], 1)
-        if segments > 1 and index in (0, last):
-            way: Way = "send" if index else "recv"
-            round_ = handed(portion, last)[what]
-            yield Transfer(way, "context", what, rows * (segments - 1), round_, 1)
+    if segments > 1 and index in (0, last):
+        way: Way = "send" if index else "recv"
+        pieces = portion.config.parallel.interleave
+        times = portion.layout.micro_batches * (segments - 1) * pieces
+        size = sum(handed(portion, last).values()) * portion.blocks / pieces
+        yield Transfer(way, "context", "length of the states", times, 1, 8)
+        yield Transfer(way, "context", "states of a segment", times, size, 1)
 
 
 def handed(portion: Portion, index: int) -> dict[str, float]:

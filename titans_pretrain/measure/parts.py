@@ -84,7 +84,7 @@ def _calls(stage: Stage) -> Iterator[tuple[Any, str, str, str]]:
             elif isinstance(module, MemoryLayer):
                 for method in _MEMORY:
                     yield module, method, "memory", where
-                for map_ in (module.out, module.output_gate):
+                for map_ in (module.q, module.k, module.v, module.out, module.output_gate):
                     if map_ is not None:
                         yield map_, "forward", "memory", where
 

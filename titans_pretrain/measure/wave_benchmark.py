@@ -118,7 +118,7 @@ def foresee(chain: Chain, micro_batches: Sequence[int], folder: Path | None = No
         for count in micro_batches:
             c = replace(chain, order=order, micro_batches=count * chain.segments)
             wave, told = simulate(c), ("-", "-")
-            if c.segments == 1:
+            if c.segments == 1 or order != "skewed":
                 told = (f"{formula(c):.3f}", f"{_idle(c):.3f}")
             print(
                 f"{order:<8}{count:>3}{wave.seconds:>12.3f}{told[0]:>11}{wave.idle:>8.3f}"

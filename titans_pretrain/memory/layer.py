@@ -229,18 +229,18 @@ class MemoryLayer(nn.Module):
         return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
     def queries(self, x: Tensor, plan: ConvPlan, tail: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Unit queries [N, H, T, d] of x [N, T, D], and the next tail."""
-        y, tail = self.q_conv(self.q(x), plan, tail)
+        """Unit queries [N, H, T, d] of x [N, T, D], which `q` has projected, and the next tail."""
+        y, tail = self.q_conv(x, plan, tail)
         return F.normalize(self.heads(y), dim=-1, eps=1e-6), tail
 
     def keys(self, x: Tensor, plan: ConvPlan, tail: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Unit keys [N, H, T, d] of x [N, T, D], and the next tail."""
-        y, tail = self.k_conv(self.k(x), plan, tail)
+        """Unit keys [N, H, T, d] of x [N, T, D], which `k` has projected, and the next tail."""
+        y, tail = self.k_conv(x, plan, tail)
         return F.normalize(self.heads(y), dim=-1, eps=1e-6), tail
 
     def values(self, x: Tensor, plan: ConvPlan, tail: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Values [N, H, T, d] of x [N, T, D], and the next tail."""
-        y, tail = self.v_conv(self.v(x), plan, tail)
+        """Values [N, H, T, d] of x [N, T, D], which `v` has projected, and the next tail."""
+        y, tail = self.v_conv(x, plan, tail)
         return self.heads(y), tail
 
     def rates(self, x: Tensor) -> Rates:
@@ -308,7 +308,9 @@ class MemoryLayer(nn.Module):
         state that they leave for documents to start from (MATH.md, (30)). Not observed."""
         P, gates = x.shape[1], self.rates(x)
         conv = ConvPlan(fresh=True, visible=None, first=None, last=None)
-        q, k, v = (f(x, conv, None)[0] for f in (self.queries, self.keys, self.values))
+        q, _ = self.queries(self.q(x), conv, None)
+        k, _ = self.keys(self.k(x), conv, None)
+        v, _ = self.values(self.v(x), conv, None)
         y, state = chunked_memory(
             q,
             k,

@@ -101,9 +101,9 @@ class MacMixer(nn.Module):
         asked_tail = None
         if self.pool is not None:
             before = None if state is None else state.asked_tail
-            tied, before = seam.take("asked", x, before, lambda: m.tail(len(x)))
-            tied = self.scatter_heads(tied) if self.own_features else tied
-            asked, asked_tail = m.queries(tied, plan.rows, before)
+            asked = m.q(self.scatter_heads(x) if self.own_features else x)
+            asked, before = seam.take("asked", asked, before, lambda: m.tail(len(x)))
+            asked, asked_tail = m.queries(asked, plan.rows, before)
             asked = seam.give("asked", asked, asked_tail)
             queries = [part[0] for part in _slots(asked[None], plan)]
         persistent = None
@@ -134,9 +134,9 @@ class MacMixer(nn.Module):
             k, v = torch.cat(parts, dim=3)
             y = a.project(a.read(q, k, v, step.mask))  # [n, w, D]
 
-            q_m, q_tail = m.queries(y, step.conv, tails[0])
-            k_m, k_tail = m.keys(y, step.conv, tails[1])
-            v_m, v_tail = m.values(y, step.conv, tails[2])
+            q_m, q_tail = m.queries(m.q(y), step.conv, tails[0])
+            k_m, k_tail = m.keys(m.k(y), step.conv, tails[1])
+            v_m, v_tail = m.values(m.v(y), step.conv, tails[2])
             rows = _rows(plan, s) if observed() else None
             read, memory = m.write(q_m, k_m, v_m, m.rates(y), step.memory, memory, rows=rows)
             reads.append(read)

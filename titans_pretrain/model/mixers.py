@@ -220,11 +220,12 @@ def remember(
     """
     rows = len(x)
     tails = None if state is None else state.tails
-    tied, tails = seam.take("tails", x, tails, lambda: (m.tail(rows),) * 3)
+    q, k, v = m.q(x), m.k(x), m.v(x)
+    q, tails = seam.take("tails", q, tails, lambda: (m.tail(rows),) * 3)
     q_before, k_before, v_before = (None, None, None) if tails is None else tails
-    q, q_tail = m.queries(tied, plan.rows, q_before)
-    k, k_tail = m.keys(x, plan.rows, k_before)
-    v, v_tail = m.values(x, plan.rows, v_before)
+    q, q_tail = m.queries(q, plan.rows, q_before)
+    k, k_tail = m.keys(k, plan.rows, k_before)
+    v, v_tail = m.values(v, plan.rows, v_before)
     tails = (q_tail, k_tail, v_tail)
     q = seam.give("tails", q, tails)
 

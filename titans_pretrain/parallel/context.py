@@ -8,7 +8,10 @@ Only floats travel. Every integer comes from a rank's own positions: a document 
 earlier rank has a first position above 0, and what lies j tokens back is visible iff j <= position.
 
 A sequence too long for that may come as several micro-batches, one after another: its segments.
-What the last rank carries on then goes round to the first rank, without a gradient.
+What the last rank carries on then goes round to the first rank, without a gradient: of all mixers
+as one message, where both begin the next segment. Sent mixer by mixer, as the last rank leaves
+each, it would be received only after what the first rank waits for meanwhile: a send that holds up
+what follows it would hold up all of them for ever.
 
 Gradients of a rank are those of its own labels' losses, through all ranks: they are summed over
 the chain, as over data-parallel ranks, before they are used. No reduction over the chain may run
@@ -27,7 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from titans_pretrain.data.batch import Batch
-from titans_pretrain.parallel.link import Form, Key, Link
+from titans_pretrain.parallel.link import Form, Key, Link, as_bytes, from_bytes, size_of
 
 
 def shard(batch: Batch, index: int, size: int) -> Batch:
@@ -113,14 +116,22 @@ class ModelSeam(nn.Module):
         self.recomputed = False  # the block at hand will be computed again for its backward
         self.again = False  # it is: what it took is at hand, and nothing is sent
         self.kept: dict[Key, list[Tensor]] = {}
+        self.leaving: dict[Key, Tensor] = {}  # what goes round with the next segment, in bytes
+        self.arrived: Tensor | None = None  # what came round and is not yet taken, in bytes
 
     def before(self, positions: Tensor) -> Tensor | None:
         """positions [B, T] of this rank's share -> of all tokens before it in these rows."""
         if self.step != self.link.steps:
             self.step, self.micro_batch = self.link.steps, -1
             self.kept.clear()
+            self.leaving.clear()
         self.micro_batch += 1
-        self.chain = None
+        self.chain = self.arrived = None
+        if self.leaving:
+            _, first, _ = next(iter(self.leaving))
+            key = (self.micro_batch, first, "round")
+            self.link.send_sized(self.round, key, list(self.leaving.values()))
+            self.leaving.clear()
         shares = self.segment * self.link.size + self.link.index
         columns = shares * positions.shape[1]
         if not columns:
@@ -173,7 +184,7 @@ class ModelSeam(nn.Module):
             over = self._over("take", key, tie, tensors)
             self.chain, tie, *taken = _Take.apply(over, self._chain(tie), tie)
         else:
-            taken = link.receive(self.round, key, _form(tensors), tie.device)
+            taken = self._came_round(name, _form(tensors), tie.device)
         if self.recomputed:
             self.kept[key] = [t.detach().requires_grad_(t.requires_grad) for t in taken]
         return tie, _rebuilt(like, taken)
@@ -190,7 +201,7 @@ class ModelSeam(nn.Module):
             return tie
         tensors, key = _tensors(state), (self.micro_batch, name, what)
         if self.gives_on(self.round):
-            self.link.send(self.round, key, tensors)
+            self.leaving[key] = as_bytes(tensors)
         if self.gives_on("forward"):
             over = self._over("give", key, tie, tensors)
             self.chain, tie = _Give.apply(over, self._chain(tie), tie, *tensors)
@@ -201,11 +212,24 @@ class ModelSeam(nn.Module):
                 tie.register_hook(lambda _: early(whole))
         return tie
 
+    def _came_round(self, name: str, form: Form, device: torch.device) -> list[Tensor]:
+        """The next tensors of what the last rank left of the segment before."""
+        if self.arrived is None:  # the first mixer
+            key = (self.micro_batch, name, "round")
+            self.arrived = self.link.receive_sized(self.round, key, device)
+        n = sum(size_of(form))
+        mine, self.arrived = self.arrived[:n], self.arrived[n:]
+        return from_bytes(mine, form)
+
     def _over(self, act: str, key: Key, tie: Tensor, tensors: list[Tensor]) -> _HandOver:
         over = _HandOver(self.link, act, key, _form(tensors))
         if torch.is_grad_enabled():
-            # Without a gradient of the tie, backward would never come by here.
-            assert tie.requires_grad, f"{act} {key}: the tie needs a gradient"
+            if not tie.requires_grad:
+                raise RuntimeError(
+                    f"{act} {key}: the tie needs no gradient, so backward would never come by here "
+                    "and a neighbour would wait for ever; compute without gradients, or train what "
+                    "comes before"
+                )
             over.begin()
         return over
 

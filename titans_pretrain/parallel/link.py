@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
+from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,23 @@ Key = tuple[int, str, str]  # micro-batch, mixer, what
 Form = tuple[tuple[torch.Size, torch.dtype], ...]  # of the tensors of a message
 
 
+def as_bytes(tensors: Sequence[Tensor]) -> Tensor:
+    """One after another, copied."""
+    return torch.cat([t.detach().contiguous().view(-1).view(torch.uint8) for t in tensors])
+
+
+def size_of(form: Form) -> list[int]:
+    """Bytes of each tensor."""
+    return [shape.numel() * dtype.itemsize for shape, dtype in form]
+
+
+def from_bytes(buffer: Tensor, form: Form) -> list[Tensor]:
+    """The tensors of this form that `as_bytes` was given."""
+    # Cloned: a wide number may not begin at any byte.
+    parts = (part.clone() for part in buffer.split(size_of(form)))
+    return [part.view(dtype).view(shape) for part, (shape, dtype) in zip(parts, form)]
+
+
 class Link:
     """This rank's ends of the chain: it sends to its neighbours and receives from them.
 
@@ -21,6 +39,9 @@ class Link:
     has a process group of its own, so that a send in one never queues behind one in the other.
     Ways: "forward" and "backward"; with segments "round 0" from the last rank to the first, and
     "round 1", .. where a rank holds several pieces of the model, which interleave their segments.
+
+    A send returns at once, but on a device it may hold up what follows it until it is received. All
+    orders but the skewed one end even so (wavefront.py, `blocking`).
     """
 
     def __init__(
@@ -50,17 +71,24 @@ class Link:
         segments: int = 1,
         pieces: int = 1,
     ) -> Link:
-        """The link of a chain of global ranks; collective over them. timeout_s: how long a message
-        may take. segments: so many micro-batches one after another are stretches of the same rows.
-        pieces: of the model on each rank."""
+        """The link of a chain of global ranks; collective over all ranks. segments: so many
+        micro-batches one after another are stretches of the same rows. pieces: of the model on each
+        rank. timeout_s: how long a message may take; no shorter than a collective may, for a rank
+        waits here for all that others do before, their first kernels too. One that is lost, or
+        stands still, the watchdog finds and tells of long before."""
         ways = ["forward", "backward"]
         if segments > 1:
             ways += [f"round {piece}" for piece in range(pieces)]
         wait = timedelta(seconds=timeout_s)
-        groups = {
-            way: dist.new_group(list(ranks), timeout=wait, use_local_synchronization=True)
-            for way in ways
-        }
+        # All ranks make the groups of all chains: names that count a rank's own groups would differ
+        # within a chain as soon as one of its ranks had been in another group before.
+        told: list[tuple[int, ...]] = [()] * dist.get_world_size()
+        dist.all_gather_object(told, tuple(ranks))
+        groups: dict[str, dist.ProcessGroup] = {}
+        for way, chain in product(ways, sorted(set(told))):
+            group = dist.new_group(list(chain), timeout=wait)
+            if chain == tuple(ranks):
+                groups[way] = group
         link = Link(ranks, groups, segments)
         # Connections are made at first use; made here, in one order, they are not made in a wave.
         byte = torch.zeros(1, dtype=torch.uint8, device=device)
@@ -75,7 +103,7 @@ class Link:
     def send(self, way: str, key: Key, tensors: Sequence[Tensor]) -> None:
         """Sends all tensors as one message; returns at once."""
         _, target = self.peers[way]
-        buffer = torch.cat([t.detach().contiguous().view(-1).view(torch.uint8) for t in tensors])
+        buffer = as_bytes(tensors)
         self._record(way, "sent", key)
         if self.size == 1:
             self._own[way].append(buffer)
@@ -89,19 +117,29 @@ class Link:
     def receive(self, way: str, key: Key, form: Form, device: torch.device) -> list[Tensor]:
         """Waits for the next message, which holds tensors of this form."""
         source, _ = self.peers[way]
-        sizes = [shape.numel() * dtype.itemsize for shape, dtype in form]
         self._record(way, "received", key)
         if self.size == 1:
             buffer = self._own[way].popleft()
         else:
-            buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+            buffer = torch.empty(sum(size_of(form)), dtype=torch.uint8, device=device)
             if len(buffer):
                 work = dist.irecv(buffer, source, group=self.groups[way])
                 assert work is not None
                 work.wait()
-        # Cloned: a wide number may not begin at any byte.
-        parts = (part.clone() for part in buffer.split(sizes))
-        return [part.view(dtype).view(shape) for part, (shape, dtype) in zip(parts, form)]
+        return from_bytes(buffer, form)
+
+    def send_sized(self, way: str, key: Key, tensors: Sequence[Tensor]) -> None:
+        """As `send`, to a rank that does not know the tensors' form."""
+        buffer = as_bytes(tensors)
+        self.send(way, key, [torch.tensor([len(buffer)], device=buffer.device)])
+        self.send(way, key, [buffer])
+
+    def receive_sized(self, way: str, key: Key, device: torch.device) -> Tensor:
+        """Waits for the next `send_sized`; its bytes."""
+        [length] = self.receive(way, key, ((torch.Size([1]), torch.int64),), device)
+        form = ((torch.Size([int(length)]), torch.uint8),)
+        [buffer] = self.receive(way, key, form, device)
+        return buffer
 
     def drain(self) -> None:
         """Ends a step: waits until all sends are done. Raises RuntimeError if the backward of a

@@ -6,6 +6,8 @@ them 1F1B (arXiv 2006.09503), or its interleaved form (arXiv 2104.04473).
 
 from __future__ import annotations
 
+import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ from titans_pretrain.parallel.megatron import (
     parallel_state,
 )
 from titans_pretrain.phases import phase
+
+logger = logging.getLogger("titans_pretrain.parallel.pipeline")
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,13 @@ class Schedule:
         self.stages, self.layout, self.device = list(stages), layout, device
         # Forwards before the first backward; None: in Megatron's order, which is 0 for one stage.
         self.ahead = forwards_before_backward(layout, context_index)
+        if layout.parallel.order == "skewed" and device.type == "cuda" and dist.get_rank() == 0:
+            logger.warning(
+                "parallel.order=skewed on CUDA: NCCL's sends may hold up the device until they are "
+                "received, the more so with CUDA_DEVICE_MAX_CONNECTIONS=1 (now %s); then this "
+                "order hangs; parallel.order=FB and FFBB do not",
+                os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "unset"),
+            )
         self.calls = 0  # how often Megatron's schedule ran
 
     def run(

@@ -9,7 +9,7 @@ Letters: R context ranks, M micro-batches, L layers (of a pipeline stage), S sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -67,7 +67,8 @@ class Chain:
     """What goes along a chain of context ranks in one step.
 
     segments: so many consecutive micro-batches are stretches of the same rows: what the last rank
-    leaves is what the first begins the next one with. blocking: a send waits for its receive.
+    leaves of one goes round to the first as both begin the next. blocking: a send waits for its
+    receive.
     """
 
     ranks: int
@@ -167,6 +168,8 @@ def _acts(c: Chain, rank: int, stage: int) -> Iterator[tuple[str, Any]]:
         task, source, target = c.task(way), rank - step, rank + step
         if c.stages > 1 and 0 <= stage - step < c.stages:
             yield "await", ("stage", way, i, stage - step, rank)
+        if way == "F" and i % c.segments:
+            yield from _round(c, rank, ("round", i, stage))
         for layer in layers:
             here = (way, i, layer, stage)
             before, memory, after = ((getattr(task, p), way, i, layer, p) for p in get_args(Part))
@@ -174,14 +177,23 @@ def _acts(c: Chain, rank: int, stage: int) -> Iterator[tuple[str, Any]]:
             if 0 <= source < c.ranks:
                 yield "tell", ("listening", *here, rank)
                 yield "await", ("state", *here, source)
-            elif way == "F" and i % c.segments:
-                yield "await", ("state", way, i - 1, layer, stage, c.ranks - 1)
             yield "work", memory
             yield "tell", ("state", *here, rank)
             if c.blocking and 0 <= target < c.ranks:
                 yield "await", ("listening", *here, target)
             yield "work", after
         yield "tell", ("stage", way, i, stage, rank)
+
+
+def _round(c: Chain, rank: int, here: Tag) -> Iterator[tuple[str, Any]]:
+    """What the last rank left of the segment before goes to the first, as both begin the next."""
+    if rank == c.ranks - 1:
+        yield "tell", here
+    if rank == 0:
+        yield "tell", ("listening", *here)
+        yield "await", here
+    elif c.blocking and rank == c.ranks - 1:
+        yield "await", ("listening", *here)
 
 
 def most_alive(ops: list[tuple[Way, int]]) -> int:
@@ -194,12 +206,13 @@ def most_alive(ops: list[tuple[Way, int]]) -> int:
 
 
 def formula(c: Chain) -> float:
-    """Seconds of the step in closed form, for one stage, one segment and sends that do not block:
-    the skew of R - 1 memories is paid once a step, in FB once a micro-batch."""
-    skew: Mapping[str, float] = {
-        "F": (c.ranks - 1) * c.forward.memory,
-        "FB": c.micro_batches * (c.ranks - 1) * (c.forward.memory + c.backward.memory),
-    }
-    both = (c.ranks - 1) * (c.forward.memory + c.backward.memory)
-    work = c.forward.whole + (c.backward.whole if c.order != "F" else 0.0)
-    return c.micro_batches * c.layers * work + skew.get(c.order, both)
+    """Seconds of the step in closed form, for one stage and sends that do not block. The skew of
+    R - 1 memories is paid once a step, in FB once a micro-batch; by forwards also where a segment
+    follows another. Without the skewed order of segments."""
+    M, skew = c.micro_batches, c.ranks - 1
+    forwards, backwards = 1 + M - -(-M // c.segments), int(c.order != "F")
+    if c.order == "FB":
+        forwards = backwards = M
+    work = c.forward.whole + (c.backward.whole if backwards else 0.0)
+    turns = forwards * c.forward.memory + backwards * c.backward.memory
+    return M * c.layers * work + skew * turns
