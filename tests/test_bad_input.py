@@ -89,6 +89,16 @@ def test_vocabulary_smaller_than_the_tokenizer_s(data: Path, tmp_path: Path) -> 
     assert code in (2, 3) and "100" in message and "340" in message
 
 
+def test_a_tokenizer_s_vocabulary_that_the_ranks_cannot_divide(data: Path, tmp_path: Path) -> None:
+    """Its size is known once the data is open: then the layout is asked again, before anything is
+    built or written."""
+    divided = {"parallel": {"tensor": 3}, "model__width": 48, "model__heads": 3}
+    code, message = refused(3, small(tmp_path / "run", data, **divided))
+    assert code == 2 and "model.vocab_size=340, parallel.tensor=3" in message
+    assert "model.vocab_size=342" in message.split("remedy:")[1]
+    assert not (tmp_path / "run").exists()
+
+
 def test_run_folder_in_use(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with RunFolder(folder).take():

@@ -164,11 +164,17 @@ def prepared(config: RunConfig) -> bool:
     return all("://" in path or (Path(path) / "manifest.json").exists() for path in paths)
 
 
+def vocabulary_of(config: RunConfig) -> int:
+    """The vocabulary's size without data: the config's, or one that the tensor ranks divide."""
+    tensor = config.parallel.tensor
+    return config.model.vocab_size or -(-VOCABULARY // tensor) * tensor
+
+
 Batches = Iterator[tuple[list[Batch], dict[str, Any]]]
 
 
 def _made(config: RunConfig, world: World) -> tuple[RunConfig, Any]:
-    vocabulary = config.model.vocab_size or VOCABULARY
+    vocabulary = vocabulary_of(config)
     model = config.model.model_copy(update={"vocab_size": vocabulary})
     config = config.model_copy(update={"model": model})
 
