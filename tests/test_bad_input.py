@@ -144,13 +144,18 @@ def test_a_damaged_shard_stops_every_rank_and_keeps_the_checkpoint(
     assert checkpoint.list_steps(tmp_path / "run" / "checkpoints")[0] == 2
 
 
-def test_a_damaged_validation_shard_stops_every_rank(data: Path, tmp_path: Path) -> None:
-    """Rank 0 alone reads it (the other one has rows of pads); both leave with its message."""
+@pytest.mark.parametrize("zero", [{"stage": 1}, {"stage": 3, "whole_below": 0}], ids=str)
+def test_a_damaged_validation_shard_stops_every_rank(
+    zero: dict[str, int], data: Path, tmp_path: Path
+) -> None:
+    """Rank 0 alone reads it (the other one has rows of pads); both leave with its message. In
+    ZeRO-3 the other's forward would wait for it."""
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     (shard,) = copy.glob("validation-*.tar")
     shard.write_bytes(shard.read_bytes()[:-512])
-    tree = small(tmp_path / "run", copy, train__steps=40, validation__every=2, validation__rows=2)
+    quick = {"train__steps": 40, "validation__every": 2, "validation__rows": 2}
+    tree = small(tmp_path / "run", copy, **quick, parallel={"zero": zero})
     code, message = refused(2, tree)
     assert code == 3 and shard.name in message
 
