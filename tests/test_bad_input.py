@@ -113,6 +113,7 @@ def test_what_changed_since_the_checkpoint(data: Path, tmp_path: Path) -> None:
     assert run_world(attempt, 1, tree, 2) == [(EXIT_SAVED, "")]
     folder = checkpoint.folder_of(tmp_path / "run" / "checkpoints", 2)
     content = checkpoint.content_sha256(folder)
+    config = (tmp_path / "run" / "config.yaml").read_text()
 
     code, message = refused(1, small(tmp_path / "run", data, data__sequence_length=128))
     assert code == 3 and "seq_len: was 64, is 128" in message
@@ -123,9 +124,11 @@ def test_what_changed_since_the_checkpoint(data: Path, tmp_path: Path) -> None:
     code, message = refused(2, small(tmp_path / "run", other))
     assert code == 3 and "manifest: was" in message
     assert checkpoint.content_sha256(folder) == content
+    assert (tmp_path / "run" / "config.yaml").read_text() == config  # that of what is there
     # Said on purpose, the run goes on with the new data.
     allowed = small(tmp_path / "run", other, data__allow_changed=True)
     assert run_world(attempt, 1, allowed) == [(0, "")]
+    assert f"path: {other}" in (tmp_path / "run" / "config.yaml").read_text()
 
 
 def test_a_damaged_shard_stops_every_rank_and_keeps_the_checkpoint(

@@ -78,6 +78,7 @@ def run_training(
         home = take_folder(config, world, leaving)
         step = failing.step = TrainStep(config, layout, world)
         at, saved = resume(config, home.folder, world, step, stream, init_from)
+        world.only_first(lambda: home.folder.write_config(dump_config(config)))
         divergence = Divergence(config.divergence, saved.get("divergence"))
         where = (at.step, at.tokens, stream.progress)
         watch = world.agree(lambda: Watch(config, home.folder, world, leaving, sets, *where))
@@ -211,8 +212,9 @@ def take_folder(config: RunConfig, world: World, leaving: contextlib.ExitStack) 
         seen = former.heartbeat if former is not None else None
         record = leaving.enter_context(LifeRecord(folder.lives, folder.metrics, lock.life, seen))
         record.begin(host=world.host, ranks=world.size, layout=world.layout.describe())
-        folder.write_config(dump_config(config))
         checkpoint.clean(folder.checkpoints)
+        if not checkpoint.list_steps(folder.checkpoints):
+            folder.write_config(dump_config(config))  # else once the run takes up its checkpoint
         return lock.life
 
     life = world.only_first(take)
