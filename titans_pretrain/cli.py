@@ -209,7 +209,9 @@ def _train_here(args: argparse.Namespace) -> int:
             )
         refuse_if_held_here(Path(config.folder))
         from titans_pretrain.launch.local import launch
+        from titans_pretrain.parallel.layout import plan_layout
 
+        plan_layout(config, args.ranks)  # before ranks start, and leave logs, to be told the same
         command = [sys.executable, "-m", "titans_pretrain", "train", args.config, *args.overrides]
         if args.stop_after is not None:
             command += ["--stop-after", str(args.stop_after)]
