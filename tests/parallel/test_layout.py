@@ -283,4 +283,4 @@ def test_ranks_that_disagree_on_the_config_say_so_on_every_rank() -> None:
     for rank, words in enumerate(told):
         assert f"{digest[0]} on ranks 0, 1, 3; {digest[1]} on rank 2" in words
         assert f"this rank's is {digest[rank == 2]}" in words
-        assert "same file and overrides" in words
+        assert "same file, overrides and options" in words

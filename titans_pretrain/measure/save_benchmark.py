@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from titans_pretrain.config import RunConfig, load_config
+from titans_pretrain.config import RunConfig, dump_config, load_config
 from titans_pretrain.errors import ConfigError
 from titans_pretrain.launch.local import as_ranks
 from titans_pretrain.measure.failing import Failing
