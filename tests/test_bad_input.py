@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -11,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.prepared import small_dataset, small_run
+from tests.prepared import small_dataset, small_run, write_config
 from tests.worlds import run_world
 from titans_pretrain.config import parse_config
 from titans_pretrain.errors import EXIT_SAVED, DataError, TitansError
@@ -55,13 +58,69 @@ def test_cuda_where_there_is_none(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_world_without_an_address(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+TWO = {"WORLD_SIZE": "2", "RANK": "0", **ADDRESS}
+
+
+@pytest.mark.parametrize(
+    ("environment", "value"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2", **ADDRESS}, "WORLD_SIZE=2 without RANK"),
+        ({**TWO, "MASTER_PORT": ""}, "WORLD_SIZE=2 without MASTER_PORT"),
+        ({**TWO, "MASTER_PORT": "http"}, "MASTER_PORT=http"),
+        ({**TWO, "MASTER_PORT": "65536"}, "MASTER_PORT=65536"),
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        ({"RANK": "1"}, "RANK=1 in the environment, WORLD_SIZE=1"),
+        ({**TWO, "RANK": "x"}, "RANK=x in the environment, WORLD_SIZE=2"),
+        ({**TWO, "RANK": "2"}, "RANK=2 in the environment, WORLD_SIZE=2"),
+        ({**TWO, "RANK": "-1"}, "RANK=-1 in the environment, WORLD_SIZE=2"),
+        ({**TWO, "LOCAL_RANK": "x"}, "LOCAL_RANK=x"),
+        ({**TWO, "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_world_that_makes_no_sense(
+    environment: dict[str, str], value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    code, message = attempt(small(tmp_path / "run", data))
-    assert code == 2 and "WORLD_SIZE=2 without MASTER_ADDR" in message
+    for name, text in environment.items():
+        monkeypatch.setenv(name, text)
+    code, message = attempt(small(tmp_path / "run", tmp_path / "nowhere"))
+    assert code == 2 and message.startswith(value)
+    assert "rule:" in message and "remedy: use train --ranks N or torchrun" in message
+    assert not (tmp_path / "run").exists()
+
+
+def command(arguments: list[str], rank: int, own: list[str]) -> tuple[int, str]:
+    """The exit code of a command, and what it says; one rank has arguments of its own."""
+    from titans_pretrain.cli import main
+
+    heard = io.StringIO()
+    with contextlib.redirect_stderr(heard):
+        code = main(arguments + (own if os.environ["RANK"] == str(rank) else []))
+    return code, heard.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("rank", "own", "words"),
+    [
+        (0, ["parallel.pipeline=3"], "parallel.pipeline=3, 2 ranks"),
+        (1, ["optim.lrr=1"], "did you mean optim.lr?"),
+        (1, ["--stop-after", "2"], "configs (sha256)"),
+    ],
+    ids=["layout", "config", "options"],
+)
+def test_what_one_rank_alone_is_told_ends_all_at_once(
+    rank: int, own: list[str], words: str, tmp_path: Path
+) -> None:
+    """The others would wait for a rank that leaves before it has met them."""
+    config = write_config(tmp_path / "config.yaml", small(tmp_path / "run", tmp_path / "nowhere"))
+    told = run_world(command, 2, ["train", str(config)], rank, own, timeout=90)
+    for code, message in told:
+        assert code == 2 and words in message and message.count("rule:") == 1
+    if "sha256" not in words:  # the other one is told whose it is
+        assert [f"rank {rank}: " in message for _, message in told] == [rank == 1, rank == 0]
     assert not (tmp_path / "run").exists()
 
 
@@ -89,6 +148,16 @@ def test_vocabulary_smaller_than_the_tokenizer_s(data: Path, tmp_path: Path) -> 
     assert code in (2, 3) and "100" in message and "340" in message
 
 
+def test_a_tokenizer_s_vocabulary_that_the_ranks_cannot_divide(data: Path, tmp_path: Path) -> None:
+    """Its size is known once the data is open: then the layout is asked again, before anything is
+    built or written."""
+    divided = {"parallel": {"tensor": 3}, "model__width": 48, "model__heads": 3}
+    code, message = refused(3, small(tmp_path / "run", data, **divided))
+    assert code == 2 and "model.vocab_size=340, parallel.tensor=3" in message
+    assert "model.vocab_size=342" in message.split("remedy:")[1]
+    assert not (tmp_path / "run").exists()
+
+
 def test_run_folder_in_use(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with RunFolder(folder).take():
@@ -103,6 +172,7 @@ def test_what_changed_since_the_checkpoint(data: Path, tmp_path: Path) -> None:
     assert run_world(attempt, 1, tree, 2) == [(EXIT_SAVED, "")]
     folder = checkpoint.folder_of(tmp_path / "run" / "checkpoints", 2)
     content = checkpoint.content_sha256(folder)
+    config = (tmp_path / "run" / "config.yaml").read_text()
 
     code, message = refused(1, small(tmp_path / "run", data, data__sequence_length=128))
     assert code == 3 and "seq_len: was 64, is 128" in message
@@ -113,9 +183,11 @@ def test_what_changed_since_the_checkpoint(data: Path, tmp_path: Path) -> None:
     code, message = refused(2, small(tmp_path / "run", other))
     assert code == 3 and "manifest: was" in message
     assert checkpoint.content_sha256(folder) == content
+    assert (tmp_path / "run" / "config.yaml").read_text() == config  # that of what is there
     # Said on purpose, the run goes on with the new data.
     allowed = small(tmp_path / "run", other, data__allow_changed=True)
     assert run_world(attempt, 1, allowed) == [(0, "")]
+    assert f"path: {other}" in (tmp_path / "run" / "config.yaml").read_text()
 
 
 def test_a_damaged_shard_stops_every_rank_and_keeps_the_checkpoint(
@@ -134,13 +206,18 @@ def test_a_damaged_shard_stops_every_rank_and_keeps_the_checkpoint(
     assert checkpoint.list_steps(tmp_path / "run" / "checkpoints")[0] == 2
 
 
-def test_a_damaged_validation_shard_stops_every_rank(data: Path, tmp_path: Path) -> None:
-    """Rank 0 alone reads it (the other one has rows of pads); both leave with its message."""
+@pytest.mark.parametrize("zero", [{"stage": 1}, {"stage": 3, "whole_below": 0}], ids=str)
+def test_a_damaged_validation_shard_stops_every_rank(
+    zero: dict[str, int], data: Path, tmp_path: Path
+) -> None:
+    """Rank 0 alone reads it (the other one has rows of pads); both leave with its message. In
+    ZeRO-3 the other's forward would wait for it."""
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     (shard,) = copy.glob("validation-*.tar")
     shard.write_bytes(shard.read_bytes()[:-512])
-    tree = small(tmp_path / "run", copy, train__steps=40, validation__every=2, validation__rows=2)
+    quick = {"train__steps": 40, "validation__every": 2, "validation__rows": 2}
+    tree = small(tmp_path / "run", copy, **quick, parallel={"zero": zero})
     code, message = refused(2, tree)
     assert code == 3 and shard.name in message
 

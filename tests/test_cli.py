@@ -53,13 +53,22 @@ def test_help_names_every_command_before_any_engine_is_imported():
     assert help_of_train.stdout.splitlines()[-1] == "loaded"
 
 
-@pytest.mark.parametrize("extra", [[], ["--ranks", "4"]])
-def test_a_config_error_comes_once_and_before_any_engine_is_imported(config, extra, tmp_path):
-    out = _cli("train", str(config), *extra, "optim.lrr=3e-4")
+@pytest.mark.parametrize(
+    ("extra", "begins", "words"),
+    [
+        (["optim.lrr=3e-4"], "config ", "did you mean optim.lr?"),
+        (["--ranks", "4", "optim.lrr=3e-4"], "config ", "did you mean optim.lr?"),
+        (["--ranks", "2", "parallel.tensor=3"], "parallel.tensor=3, 2 ranks", "parallel.tensor=1"),
+    ],
+)
+def test_a_config_error_comes_once_and_before_any_engine_is_imported(
+    config, extra, begins, words, tmp_path
+):
+    out = _cli("train", str(config), *extra)
     assert out.returncode == 2
     assert out.stdout.splitlines() == ["loaded"]
-    assert out.stderr.count("did you mean optim.lr?") == 1
-    assert out.stderr.startswith("titans-pretrain: config ")
+    assert out.stderr.count(words) == 1
+    assert out.stderr.startswith(f"titans-pretrain: {begins}")
     assert not (tmp_path / "run").exists()
 
 
@@ -146,9 +155,9 @@ def test_ranks_starts_the_same_command_as_that_many_processes(config, tmp_path):
         "module.run_training = run_training\n"
         "sys.modules['titans_pretrain.train'] = module\n"
     )
-    arguments = ["train", str(config), "--ranks", "2", "optim.lr=0.5", "--stop-after", "3"]
+    arguments = ["train", str(config), "--ranks", "2", "optim.lr=0.5", "train.micro_batch=4"]
     path = os.pathsep.join(filter(None, [str(stand_in.parent), os.environ.get("PYTHONPATH")]))
-    out = _cli(*arguments, "--init-from", "x", PYTHONPATH=path)
+    out = _cli(*arguments, "--stop-after", "3", "--init-from", "x", PYTHONPATH=path)
     assert out.returncode == 75, out.stderr
     assert out.stdout.splitlines() == ["0 2 0.5 3 x", "loaded"]
     other = tmp_path / "run" / "logs" / "rank-00001.out"

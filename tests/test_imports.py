@@ -55,6 +55,8 @@ ENGINES = {
     "zstandard": ("data/",),
     "pyarrow": ("data/parquet.py",),
 }
+# What knows nothing of other ranks: one process computes a model as it stands.
+ALONE = ("model", "memory")
 # The memory knows torch and what Python brings.
 MEMORY_OUTSIDE = {"torch", "triton"} | set(sys.stdlib_module_names)
 
@@ -81,6 +83,11 @@ def imports(source: str, module: str, *, typing: bool = True) -> set[str]:
     return found
 
 
+def attributes(source: str) -> set[str]:
+    """Dotted names that the source takes from names, e.g. "torch.distributed"."""
+    return {ast.unparse(n) for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute)}
+
+
 def _within(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(prefix + ".")
 
@@ -95,6 +102,10 @@ def violations(files: dict[str, str]) -> list[str]:
         for engine, places in ENGINES.items():
             if any(_within(name, engine) for name in everything) and not path.startswith(places):
                 wrong.append(f"{path} imports {engine}, which lives in {' '.join(places)}")
+        if parts[0] in ALONE:
+            used = everything | attributes(source)
+            if any(_within(name, "torch.distributed") for name in used):
+                wrong.append(f"{path} uses torch.distributed: {' and '.join(ALONE)} know one rank")
         if parts[0] == "memory":
             outside = {n.split(".")[0] for n in everything} - {"titans_pretrain"} - MEMORY_OUTSIDE
             wrong += [f"{path} imports {name}; the memory imports torch alone" for name in outside]
@@ -131,6 +142,10 @@ def test_the_package_keeps_to_its_arrows():
         ("model/titans.py", "from ..parallel.world import World"),
         ("model/titans.py", "from titans_pretrain import parallel"),
         ("model/titans.py", "import megatron.core"),
+        ("model/titans.py", "import torch.distributed as dist"),
+        ("model/titans.py", "def f():\n    from torch.distributed import all_reduce"),
+        ("memory/layer.py", "from torch import distributed"),
+        ("memory/layer.py", "import torch\ntorch.distributed.barrier()"),
         ("parallel/tensor.py", "import megatron.core"),
         ("estimate/pace.py", "from titans_pretrain.parallel import tensor"),
         ("data/stream.py", "from titans_pretrain.run import folder"),
@@ -153,6 +168,7 @@ def test_each_rule_is_held(path, source):
     ("path", "source"),
     [
         ("memory/kernels/fused.py", "import torch, triton, math"),
+        ("parallel/world.py", "import torch.distributed as dist\ntorch.distributed.barrier()"),
         ("memory/layer.py", "from titans_pretrain.memory.state import MemoryState\nimport torch"),
         ("model/titans.py", "from titans_pretrain.memory import layer"),
         ("run/dcp.py", "from titans_pretrain.parallel.layout import Fragment"),

@@ -15,10 +15,13 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from titans_pretrain.arguments import positive
 from titans_pretrain.errors import EXIT_DONE, EXIT_NODE, ConfigError, TitansError
+
+if TYPE_CHECKING:
+    from titans_pretrain.config import RunConfig
 
 # Commands whose module brings its own arguments: `register(subparsers)` sets `args.run`. Imported
 # only when called: their libraries take seconds.
@@ -196,10 +199,9 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _train_here(args: argparse.Namespace) -> int:
-    from titans_pretrain.config import load_config
     from titans_pretrain.run.lock import refuse_if_held_here
 
-    config = load_config(args.config, args.overrides)
+    config = _load(args.config, args.overrides)
     if args.ranks is not None:
         if "RANK" in os.environ:
             raise ConfigError(
@@ -209,7 +211,9 @@ def _train_here(args: argparse.Namespace) -> int:
             )
         refuse_if_held_here(Path(config.folder))
         from titans_pretrain.launch.local import launch
+        from titans_pretrain.parallel.layout import plan_layout
 
+        plan_layout(config, args.ranks)  # before ranks start, and leave logs, to be told the same
         command = [sys.executable, "-m", "titans_pretrain", "train", args.config, *args.overrides]
         if args.stop_after is not None:
             command += ["--stop-after", str(args.stop_after)]
@@ -226,6 +230,21 @@ def _train_here(args: argparse.Namespace) -> int:
     from titans_pretrain.train import run_training
 
     return run_training(config, stop_after=args.stop_after, init_from=args.init_from)
+
+
+def _load(path: str, overrides: list[str]) -> RunConfig:
+    """The config. Of several ranks none is refused alone: the others are told."""
+    from titans_pretrain.config import load_config
+
+    try:
+        return load_config(path, overrides)
+    except ConfigError:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise  # before torch is imported
+        from titans_pretrain.parallel.rendezvous import told_to_all
+
+        with told_to_all():
+            raise
 
 
 def _inspect(args: argparse.Namespace) -> int:

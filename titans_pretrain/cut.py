@@ -9,7 +9,8 @@ from titans_pretrain.parallel.layout import split_blocks
 
 def cut_blocks(config: ModelConfig, pieces: int, sequence_length: int) -> list[range]:
     """The blocks of each piece, in order, so that the dearest piece is as cheap as can be; FLOPs
-    decide (model/counts.py)."""
+    decide (model/counts.py). The head counts with the last piece; the embedding before the first
+    one is a lookup, which takes none."""
     flops = flops_per_token(config, sequence_length)
     head = flops.pop("head")
     block = sum(flops.values()) / config.blocks

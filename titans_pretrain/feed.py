@@ -10,7 +10,8 @@ from titans_pretrain.data.batch import Batch
 from titans_pretrain.data.quarantine import new_entries
 from titans_pretrain.data.streaming import Stream, open_batches
 from titans_pretrain.errors import ConfigError, TitansError
-from titans_pretrain.parallel.world import World
+from titans_pretrain.parallel.layout import plan_layout
+from titans_pretrain.parallel.world import World, world_size
 from titans_pretrain.phases import phase
 
 
@@ -29,7 +30,10 @@ def open_stream(config: RunConfig, world: World) -> Stream:
 
 
 def with_vocabulary(config: RunConfig, stream: Stream) -> RunConfig:
-    """`config` with the vocabulary's size resolved from the data."""
+    """`config` with the vocabulary's size resolved from the data.
+
+    Raises ConfigError where that size does not suit the layout, as a config's own does before.
+    """
     have, need = config.model.vocab_size, stream.manifest.vocab_size
     if have is not None and have < need:
         raise ConfigError(
@@ -37,9 +41,10 @@ def with_vocabulary(config: RunConfig, stream: Stream) -> RunConfig:
             "every token has a row in the embedding",
             f"set model.vocab_size={need}, or leave it out",
         )
-    return config.model_copy(
-        update={"model": config.model.model_copy(update={"vocab_size": have or need})}
-    )
+    model = config.model.model_copy(update={"vocab_size": have or need})
+    config = config.model_copy(update={"model": model})
+    plan_layout(config, world_size())
+    return config
 
 
 @phase("data")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from titans_pretrain.config import ModelConfig, RunConfig
 from titans_pretrain.data.batch import Batch, uncounted
-from titans_pretrain.errors import DivergedError
+from titans_pretrain.errors import DivergedError, TitansError
 from titans_pretrain.model.loss import token_loss, z_penalty
 from titans_pretrain.model.shapes import kind
 from titans_pretrain.model.titans import TitansLM, initialise
@@ -205,21 +205,29 @@ class TrainStep:
 
         Raises on every rank what reading the batches raises on one.
         """
-
-        def mine() -> list[float]:
-            nats = labels = 0.0
-            rest = iter(batches)
-            while group := list(itertools.islice(rest, self.layout.pipeline)):
-                # A whole round of the stages, filled up with rows that count nothing.
-                group += [uncounted(group[-1])] * (self.layout.pipeline - len(group))
-                sums = self._run(self._shares(group), 1, train=False)
-                nats, labels = nats + sums.loss, labels + sums.tokens
-            return [nats * self.counts_loss, labels * self.counts_loss]
-
+        nats = labels = 0.0
+        rest = iter(batches)
         self.model.eval()
-        nats, labels = self.world.sum(self.world.agree(mine))
+        while group := self._read(rest):
+            # A whole round of the stages, filled up with rows that count nothing.
+            group += [uncounted(group[-1])] * (self.layout.pipeline - len(group))
+            sums = self._run(self._shares(group), 1, train=False)
+            nats, labels = nats + sums.loss, labels + sums.tokens
         self.model.train()
+        nats, labels = self.world.sum([nats * self.counts_loss, labels * self.counts_loss])
         return nats / max(1.0, labels), int(labels)
+
+    def _read(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The next batches, at most one a stage, once every rank has read its own: ranks wait for
+        one another inside a forward, where none may be missing."""
+        failure: TitansError | None = None
+        group: list[Batch] = []
+        try:
+            group = list(itertools.islice(batches, self.layout.pipeline))
+        except TitansError as e:
+            failure = e
+        self.world.raise_any(failure)
+        return group
 
     def _shares(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         """This context rank's columns of the rows' segments, segment after segment."""

@@ -29,6 +29,7 @@ from titans_pretrain.measure.profile import Profile, check_profile
 from titans_pretrain.measure.straggler import Stragglers
 from titans_pretrain.model.counts import parameter_count
 from titans_pretrain.parallel.layout import plan_layout
+from titans_pretrain.parallel.rendezvous import told_to_all
 from titans_pretrain.parallel.world import World, start_world, world_size
 from titans_pretrain.phases import phase
 from titans_pretrain.recovery import Recovery, random_state, restore
@@ -60,14 +61,15 @@ def run_training(
     Raises:
         TitansError: the same kind on every rank.
     """
-    layout = plan_layout(config, world_size())
+    with told_to_all():
+        layout = plan_layout(config, world_size())
     with (
         stop_request() as stop,
         Watchdog(config) as watchdog,
         contextlib.ExitStack() as leaving,
         Failing(config, watchdog.lost) as failing,
     ):
-        said = dump_config(config)
+        said = f"{dump_config(config)}--stop-after {stop_after} --init-from {init_from}"
         world = failing.joined(start_world(config.train, layout, watchdog.timeout_s, said))
         leaving.callback(world.shut_down)
         watchdog.joined(world, leaving)
@@ -78,6 +80,7 @@ def run_training(
         home = take_folder(config, world, leaving)
         step = failing.step = TrainStep(config, layout, world)
         at, saved = resume(config, home.folder, world, step, stream, init_from)
+        world.only_first(lambda: home.folder.write_config(dump_config(config)))
         divergence = Divergence(config.divergence, saved.get("divergence"))
         where = (at.step, at.tokens, stream.progress)
         watch = world.agree(lambda: Watch(config, home.folder, world, leaving, sets, *where))
@@ -211,8 +214,9 @@ def take_folder(config: RunConfig, world: World, leaving: contextlib.ExitStack) 
         seen = former.heartbeat if former is not None else None
         record = leaving.enter_context(LifeRecord(folder.lives, folder.metrics, lock.life, seen))
         record.begin(host=world.host, ranks=world.size, layout=world.layout.describe())
-        folder.write_config(dump_config(config))
         checkpoint.clean(folder.checkpoints)
+        if not checkpoint.list_steps(folder.checkpoints):
+            folder.write_config(dump_config(config))  # else once the run takes up its checkpoint
         return lock.life
 
     life = world.only_first(take)

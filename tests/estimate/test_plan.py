@@ -79,6 +79,15 @@ def test_it_answers_for_512_gpus_without_torch() -> None:
     assert "layouts fit; the fastest:" in out.stdout
 
 
+def test_layouts_that_do_not_divide_the_model_s_own_width_are_passed_over() -> None:
+    """12 heads on 12 GPUs: 3 and 6 divide the heads and the vocabulary, but not the MLP, whose
+    width the config leaves to the model: 2048."""
+    model = ["model.width=768", "model.heads=12", "model.mlp_width=null", "model.vocab_size=33000"]
+    config = load_config(SMALL, [*model, "train.global_batch=96"])
+    found = candidates(config, 12, H100)
+    assert {c.layout.tensor for c in found} == {1, 2, 4}
+
+
 def test_ranking_is_by_time_and_what_does_not_fit_is_apart() -> None:
     config = load_config(SEVEN[0], SEVEN[1:])
     found = candidates(config, 128, H100)

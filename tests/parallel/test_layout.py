@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.parallel.tiny import tiny_config
+from tests.parallel.tiny import T, tiny_config
 from tests.prepared import ROOT
 from tests.worlds import run_world
 from titans_pretrain.config import RunConfig, dump_config, load_config
+from titans_pretrain.cut import cut_blocks
 from titans_pretrain.errors import ConfigError
 from titans_pretrain.parallel.layout import (
     Fragment,
@@ -115,15 +116,32 @@ def test_a_layout_that_does_not_fit_is_told_with_its_remedy(override: str, ranks
     assert caught.value.rule
 
 
-# For each rule in turn: overrides of the tiny config, ranks, what the value and the remedy name.
+# For each rule in turn, once or more: overrides of the tiny config, ranks, what the value and the
+# remedy name.
 REFUSED = [
     ({"zero": {"stage": 0}}, {}, 1, "parallel.zero.stage=0", "parallel.zero.stage=1"),
     ({"tensor": 2, "pipeline": 2}, {}, 6, "6 ranks", "a multiple of 4 ranks"),
     ({"tensor": 4}, {}, 4, "model.heads=2, parallel.tensor=4", "parallel.tensor=2"),
+    (  # the MLP's width is the model's own where the config names none
+        {"tensor": 3},
+        {"model__width": 48, "model__heads": 6, "model__mlp_width": None, "model__vocab_size": 63},
+        3,
+        "model.mlp_width=128, parallel.tensor=3",
+        "use parallel.tensor=1, or model.mlp_width=129",
+    ),
     ({"sequence": True}, {}, 1, "parallel.tensor=1", "parallel.tensor above 1"),
+    (
+        {"tensor": 2, "sequence": True, "segments": 3},
+        {"model__vocab_size": 64},
+        2,
+        "parallel.segments=3, parallel.sequence=true",
+        "a sequence_length that 6 divides",
+    ),
     ({"pipeline": 3}, {}, 3, "model.blocks=2", "at most 2"),
     ({"interleave": 2}, {}, 1, "parallel.interleave=2", "parallel.interleave=1"),
     ({"pipeline": 2, "zero": {"stage": 2}}, {}, 2, "parallel.pipeline=2", "zero.stage=1"),
+    ({"pipeline": 2, "zero": {"stage": 3}}, {}, 2, "parallel.pipeline=2", "zero.stage=1"),
+    ({"context": 2, "zero": {"stage": 2}}, {}, 2, "parallel.context=2", "zero.stage=1"),
     ({"context": 2, "zero": {"stage": 3}}, {}, 2, "parallel.context=2", "zero.stage=1"),
     ({"zero": {"overlap": True}}, {}, 1, "parallel.zero.overlap=true", "zero.stage=2"),
     ({"zero": {"stage": 3, "copy_within": 3}}, {}, 2, "copy_within=3", "copy_within=1"),
@@ -131,7 +149,7 @@ REFUSED = [
         {"context": 8},
         {"model__variant": "lmm"},
         8,
-        "data.sequence_length=32",
+        "data.sequence_length=32, parallel.context=8, parallel.segments=1, model.memory.chunk=8",
         "data.sequence_length=64",
     ),
     ({"order": "FFBB", "pipeline": 2}, {}, 2, "parallel.order=FFBB", "parallel.order=FB"),
@@ -141,20 +159,34 @@ REFUSED = [
         {"pipeline": 2, "interleave": 2},
         {"train__global_batch": 6, "model__blocks": 4},
         2,
-        "train.global_batch=6",
+        "train.global_batch=6, train.micro_batch=2, 1 data-parallel ranks: 3 micro-batches",
         "a multiple of 4",
     ),
 ]
 
 
 def test_each_rule_has_a_layout_that_breaks_it() -> None:
-    assert len(REFUSED) == len(RULES)
-    for rule, (parallel, changes, ranks, value, remedy) in zip(RULES, REFUSED, strict=True):
+    broken = []
+    for parallel, changes, ranks, value, remedy in REFUSED:
         config = tiny_config(parallel=parallel, **changes)
         with pytest.raises(ConfigError) as caught:
             plan_layout(config, ranks)
-        assert caught.value.rule == f"{rule.rule}: {rule.why}"
-        assert value in caught.value.value and remedy in caught.value.remedy, rule.rule
+        broken.append(caught.value.rule)
+        assert value in caught.value.value and remedy in caught.value.remedy, caught.value
+    assert list(dict.fromkeys(broken)) == [f"{rule.rule}: {rule.why}" for rule in RULES]
+
+
+def test_a_transformer_is_told_of_no_chunk() -> None:
+    config = tiny_config(parallel={"context": 3})
+    with pytest.raises(ConfigError) as caught:
+        plan_layout(config, 3)
+    assert caught.value.value.endswith("parallel.context=3, parallel.segments=1")
+
+
+@pytest.mark.parametrize("ranks", [0, -2])
+def test_no_ranks_have_no_layout(ranks: int) -> None:
+    with pytest.raises(ConfigError, match=f"{ranks} ranks"):
+        plan_layout(tiny_config(), ranks)
 
 
 def test_a_layout_is_refused_before_any_process_group() -> None:
@@ -204,6 +236,14 @@ def test_blocks_are_cut_so_that_the_dearest_piece_is_cheapest(
     assert dearest(tuple(piece.start for piece in found[1:])) == best
 
 
+def test_a_large_vocabulary_leaves_the_last_stage_fewer_blocks() -> None:
+    """A block of the tiny transformer takes 21,504 FLOPs a token forward, the head 64 a word (that
+    of 1000 words as much as three blocks, of 4000 as twelve), and the embedding none."""
+    for vocabulary, sizes in ((61, [4, 4]), (1000, [5, 3]), (4000, [7, 1])):
+        model = tiny_config(model__blocks=8, model__vocab_size=vocabulary).model
+        assert [len(piece) for piece in cut_blocks(model, 2, T)] == sizes
+
+
 def test_a_fragment_of_a_shard_fills_boxes_of_the_whole() -> None:
     whole = np.arange(6 * 8).reshape(6, 8)
     shard = Shard("w", (6, 8), dim=1, index=1, parts=2)
@@ -243,4 +283,4 @@ def test_ranks_that_disagree_on_the_config_say_so_on_every_rank() -> None:
     for rank, words in enumerate(told):
         assert f"{digest[0]} on ranks 0, 1, 3; {digest[1]} on rank 2" in words
         assert f"this rank's is {digest[rank == 2]}" in words
-        assert "same file and overrides" in words
+        assert "same file, overrides and options" in words

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.parallel.parity import assert_parity, compare, parity_config
+from titans_pretrain.cut import cut_blocks
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2": (2, {"tensor": 2}),
@@ -108,3 +109,13 @@ def test_context_ranks_in_other_orders(order: str) -> None:
 def test_segments_with_all_forwards_first() -> None:
     parallel = {"context": 2, "order": "FFBB", "segments": 2}
     assert_parity(compare(parity_config("lmm", parallel), 2))
+
+
+@pytest.mark.parametrize(("interleave", "sizes"), [(1, [3, 2]), (2, [2, 1, 1, 1])])
+def test_stages_of_unequal_size(interleave: int, sizes: list[int]) -> None:
+    """Five blocks, which neither two stages nor four pieces share evenly."""
+    parallel = {"pipeline": 2, "interleave": interleave}
+    config = parity_config("lmm", parallel, model__blocks=5)
+    pieces = cut_blocks(config.model, len(sizes), config.data.sequence_length)
+    assert [len(piece) for piece in pieces] == sizes
+    assert_parity(compare(config, 2))

@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 
-from titans_pretrain.config import RunConfig, load_config
+from titans_pretrain.config import RunConfig, dump_config, load_config
 from titans_pretrain.errors import ConfigError
 from titans_pretrain.launch.local import as_ranks
 from titans_pretrain.measure.failing import Failing
 from titans_pretrain.measure.made import made_batches
-from titans_pretrain.measure.step_benchmark import VOCABULARY, for_benchmark, write_json
+from titans_pretrain.measure.step_benchmark import for_benchmark, vocabulary_of, write_json
 from titans_pretrain.parallel.layout import plan_layout
+from titans_pretrain.parallel.rendezvous import told_to_all
 from titans_pretrain.parallel.world import start_world, world_size
 from titans_pretrain.run.saver import Saved, Saver
 from titans_pretrain.step import TrainStep
@@ -60,11 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(config: RunConfig, saves: int, folder: Path | None = None) -> dict[str, Any]:
     """Saves and trains on this rank; medians in seconds, plain values for JSON. Collective."""
     with contextlib.ExitStack() as leaving, Failing(config) as failing:
-        layout = plan_layout(config, world_size())
-        world = failing.joined(start_world(config.train, layout))
+        with told_to_all():
+            layout = plan_layout(config, world_size())
+        said = f"{dump_config(config)}{saves}"
+        world = failing.joined(start_world(config.train, layout, said=said))
         leaving.callback(world.shut_down)
         model = config.model
-        vocabulary = {"vocab_size": model.vocab_size or VOCABULARY}
+        vocabulary = {"vocab_size": vocabulary_of(config)}
         config = config.model_copy(update={"model": model.model_copy(update=vocabulary)})
         config = failing.config = for_benchmark(config, 1)
         step = failing.step = TrainStep(config, layout, world)

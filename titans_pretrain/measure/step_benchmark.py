@@ -22,7 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from titans_pretrain.config import HardwareConfig, RunConfig, load_config
+from titans_pretrain.config import HardwareConfig, RunConfig, dump_config, load_config
 from titans_pretrain.data.batch import Batch
 from titans_pretrain.errors import ConfigError
 from titans_pretrain.estimate.beside import planned
@@ -38,6 +38,7 @@ from titans_pretrain.measure.stopwatch import Key, Stopwatch
 from titans_pretrain.memory.live_bytes import LiveBytes
 from titans_pretrain.model.counts import flops_per_token, parameter_count
 from titans_pretrain.parallel.layout import plan_layout
+from titans_pretrain.parallel.rendezvous import told_to_all
 from titans_pretrain.parallel.world import World, start_world, world_size
 from titans_pretrain.phases import at_step, listening, phase
 from titans_pretrain.run.folder import RunFolder
@@ -92,9 +93,11 @@ def measure(
 ) -> dict[str, Any]:
     """Runs the steps on this rank; the figures, plain values for JSON, with those of a plan for
     `hardware`. Collective."""
-    layout = plan_layout(config, world_size())
+    with told_to_all():
+        layout = plan_layout(config, world_size())
     with contextlib.ExitStack() as leaving, Failing(config) as failing:
-        world = failing.joined(start_world(config.train, layout))
+        said = f"{dump_config(config)}{steps} {warm_up} {synthetic}"
+        world = failing.joined(start_world(config.train, layout, said=said))
         leaving.callback(world.shut_down)
         made = synthetic or not prepared(config)
         last = warm_up + 2 * steps + 1
@@ -164,11 +167,17 @@ def prepared(config: RunConfig) -> bool:
     return all("://" in path or (Path(path) / "manifest.json").exists() for path in paths)
 
 
+def vocabulary_of(config: RunConfig) -> int:
+    """The vocabulary's size without data: the config's, or one that the tensor ranks divide."""
+    tensor = config.parallel.tensor
+    return config.model.vocab_size or -(-VOCABULARY // tensor) * tensor
+
+
 Batches = Iterator[tuple[list[Batch], dict[str, Any]]]
 
 
 def _made(config: RunConfig, world: World) -> tuple[RunConfig, Any]:
-    vocabulary = config.model.vocab_size or VOCABULARY
+    vocabulary = vocabulary_of(config)
     model = config.model.model_copy(update={"vocab_size": vocabulary})
     config = config.model_copy(update={"model": model})
 

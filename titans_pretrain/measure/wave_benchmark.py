@@ -131,7 +131,8 @@ def measure(chain: Chain, micro_batches: Sequence[int], folder: Path | None = No
     """Collective. Goes through each order and number of micro-batches; rank 0 prints them."""
     parallel = ParallelConfig(context=chain.ranks)
     layout = Layout(world_size(), parallel, world_size() // chain.ranks, 1)
-    world = start_world(TrainConfig(device="cpu", threads=1), layout)
+    said = f"{chain} {list(micro_batches)}"
+    world = start_world(TrainConfig(device="cpu", threads=1), layout, said=said)
     try:
         link = Link.join(context_ranks(), world.device, timeout_s=120)
         columns = f"{'measured s':>12}{'simulated s':>13}{'formula s':>11}"

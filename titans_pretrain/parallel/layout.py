@@ -80,6 +80,8 @@ class Layout:
 
 def plan_layout(config: RunConfig, world_size: int) -> Layout:
     """The degrees and the micro-batch count for `world_size` ranks. Raises ConfigError."""
+    if world_size < 1:
+        raise ConfigError(f"{world_size} ranks", "a run has a rank at least", "ask for 1 or more")
     asked = Asked(config, world_size)
     for rule in RULES:
         if (refused := rule.broken(asked)) is not None:

@@ -68,7 +68,7 @@ def _whole_heads(a: Asked) -> Refused | None:
     for name, size, widen in (
         ("model.heads", model.heads, False),
         ("model.kv_heads", model.kv_heads, False),
-        ("model.mlp_width", model.mlp_width, True),
+        ("model.mlp_width", model.mlp_hidden, True),
         ("model.vocab_size", model.vocab_size, True),
     ):
         if size is not None and size % tensor:
@@ -92,7 +92,8 @@ def _sequence_splits(a: Asked) -> Refused | None:
     if length % unit:
         return (
             f"data.sequence_length={length}, parallel.tensor={p.tensor}, "
-            f"parallel.context={p.context}, parallel.sequence=true",
+            f"parallel.context={p.context}, parallel.segments={p.segments}, "
+            "parallel.sequence=true",
             f"use a sequence_length that {unit} divides, or parallel.sequence=false",
         )
     return None
@@ -168,9 +169,10 @@ def _context_splits(a: Asked) -> Refused | None:
     unit = context * segments * align
     if context * segments == 1 or length % unit == 0:
         return None
+    chunk = f", model.memory.chunk={align}" if align > 1 else ""  # a transformer has none
     return (
         f"data.sequence_length={length}, parallel.context={context}, "
-        f"parallel.segments={segments}, model.memory.chunk={align}",
+        f"parallel.segments={segments}{chunk}",
         f"use data.sequence_length={max(1, round(length / unit)) * unit}",
     )
 
@@ -219,7 +221,8 @@ def _rounds_of_stages(a: Asked) -> Refused | None:
     p, train = a.parallel, a.config.train
     if p.interleave == 1:
         return None
-    unit = train.micro_batch * a.data_parallel * p.pipeline
+    per_round = train.micro_batch * a.data_parallel
+    unit = per_round * p.pipeline
     for name, rows in (
         ("train.global_batch", train.global_batch),
         ("train.ramp.start", train.ramp.start if train.ramp else unit),
@@ -227,8 +230,8 @@ def _rounds_of_stages(a: Asked) -> Refused | None:
         if rows % unit:
             return (
                 f"{name}={rows}, train.micro_batch={train.micro_batch}, {a.data_parallel} "
-                f"data-parallel ranks, parallel.pipeline={p.pipeline}, "
-                f"parallel.interleave={p.interleave}",
+                f"data-parallel ranks: {rows // per_round} micro-batches; "
+                f"parallel.pipeline={p.pipeline}, parallel.interleave={p.interleave}",
                 f"make {name} a multiple of {unit}, or set parallel.interleave=1",
             )
     return None
@@ -258,7 +261,7 @@ RULES = (
     ),
     Rule(
         "pipeline x interleave is at most the number of blocks",
-        "each piece of the model holds a block",
+        "each piece of the model holds a block or more; they are cut by their FLOPs, evenly or not",
         _blocks_suffice,
     ),
     Rule(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import socket
@@ -18,6 +17,7 @@ from titans_pretrain.config import ParallelConfig, TrainConfig
 from titans_pretrain.errors import ConfigError, TitansError
 from titans_pretrain.parallel.layout import Layout, Place
 from titans_pretrain.parallel.megatron import parallel_state
+from titans_pretrain.parallel.rendezvous import launched, meet, told_to_all
 
 T = TypeVar("T")
 
@@ -95,7 +95,10 @@ class World:
         return result
 
     def raise_any(self, failure: TitansError | None) -> None:
-        """Raises on every rank what any of them met; the first rank's, where several did."""
+        """Raises on every rank what any of them met; the first rank's, where several did. It costs
+        one number where none did."""
+        if not self.max([float(failure is not None)])[0]:
+            return
 
         def act() -> None:
             if failure is not None:
@@ -146,8 +149,9 @@ def context_ranks() -> list[int]:
 
 
 def world_size() -> int:
-    """Ranks that the environment promises; without WORLD_SIZE this process is alone."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """Ranks that the environment promises; without WORLD_SIZE this process is alone. Raises
+    ConfigError where it makes no sense."""
+    return launched().size
 
 
 def start_world(
@@ -158,24 +162,18 @@ def start_world(
 ) -> World:
     """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT describe.
 
-    Without RANK this process is a world of one. gloo on a CPU, NCCL on CUDA (with gloo for CPU
-    tensors); Megatron's groups of `layout` on top (default: data parallel alone). Raises
-    ConfigError where they say too little, and on every rank where ranks differ in what was `said`
-    to them: the run's config.
+    Without WORLD_SIZE this process is a world of one. gloo on a CPU, NCCL on CUDA (with gloo for
+    CPU tensors); Megatron's groups of `layout` on top (default: data parallel alone). Raises
+    ConfigError where they say too little, and on every rank where one has no device, or ranks
+    differ in what was `said` to them: the run's config and options.
     """
     env = os.environ
-    rank, size = int(env.get("RANK", 0)), world_size()
+    here = launched()
+    rank, size, local_rank = here.rank, here.size, here.local_rank
     layout = layout or Layout(size, ParallelConfig(), size, 1)
-    local_rank = int(env.get("LOCAL_RANK", rank))
-    local_size = int(env.get("LOCAL_WORLD_SIZE", size))
-    if size > 1 and "MASTER_ADDR" not in env:
-        raise ConfigError(
-            f"WORLD_SIZE={size} without MASTER_ADDR in the environment",
-            "ranks find each other at MASTER_ADDR and MASTER_PORT",
-            "use train --ranks N or torchrun, which set them; or unset WORLD_SIZE",
-        )
-    device = choose_device(train.device, local_rank)
-    threads = train.threads or max(1, len(os.sched_getaffinity(0)) // local_size)
+    with told_to_all():
+        device = choose_device(train.device, local_rank)
+    threads = train.threads or max(1, len(os.sched_getaffinity(0)) // here.local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -189,15 +187,13 @@ def start_world(
     env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = str(rank), str(size), str(local_rank)
     torch.manual_seed(train.seed)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store = dist.HashStore() if "MASTER_ADDR" not in env and size == 1 else None
     dist.init_process_group(
         backend,
         rank=rank,
         world_size=size,
-        store=store,
+        store=meet(here, said, timeout_s),
         timeout=timedelta(seconds=timeout_s),
     )
-    _require_equal(said, size)  # before any group is made that depends on it
     interleave = layout.parallel.interleave
     parallel_state.initialize_model_parallel(
         layout.tensor,
@@ -206,26 +202,4 @@ def start_world(
         context_parallel_size=layout.context,
         distributed_timeout_minutes=math.ceil(timeout_s / 60),
     )
-    return World(rank, size, local_rank, local_size, device, threads, layout, timeout_s)
-
-
-def _require_equal(said: str, size: int) -> None:
-    mine = hashlib.sha256(said.encode()).hexdigest()[:12]
-    told: list[str] = [""] * size
-    dist.all_gather_object(told, mine)
-    if len(set(told)) == 1:
-        return
-    dist.destroy_process_group()
-    by_hash: dict[str, list[int]] = {}
-    for rank, digest in enumerate(told):
-        by_hash.setdefault(digest, []).append(rank)
-    groups = (
-        f"{digest} on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}"
-        f"{' and others' if len(ranks) > 8 else ''}"
-        for digest, ranks in by_hash.items()
-    )
-    raise ConfigError(
-        f"configs (sha256): {'; '.join(groups)}; this rank's is {mine}",
-        "all ranks of a run have one configuration",
-        "start all ranks with the same file and overrides",
-    )
+    return World(rank, size, local_rank, here.local_size, device, threads, layout, timeout_s)
