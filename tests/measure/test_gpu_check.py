@@ -229,6 +229,14 @@ def test_states_are_judged_to_the_bit_both_ways() -> None:
     steady["same"] = False
     assert failures(measured) == ["repeat: mac bf16"]
 
+    # A save that crashed behind its first file: others have read that, and have nothing beside it.
+    measured = fine()
+    measured["save"]["mac bf16"] = {"error": "hang: killed after 90 s"}
+    rows = [r for r in judge(measured) if r.verdict == "failed"]
+    four = ("save", "resume", "to cpu", "back")
+    assert [(r.case, r.what) for r in rows] == [(section, "mac bf16") for section in four]
+    assert all("nothing to compare with" in r.figures for r in rows[1:])
+
 
 def test_speed_and_memory_stand_beside_the_baseline() -> None:
     rows = {(r.case, r.what): r for r in judge(fine())}
