@@ -92,7 +92,8 @@ class Watchdog:
     def lost(self, error: BaseException) -> None:
         """Another rank is gone without a word: writes where this one stood, as the first of those
         that are left, to lost-rank-life-<life>.txt."""
-        text = self._described(f"lost another rank: {str(error).strip().splitlines()[0]}", error)
+        said = str(error).strip() or type(error).__name__
+        text = self._described(f"lost another rank: {said.splitlines()[0]}", error)
         try:
             claim = newest_claim(self._folder)
             life = claim.life if claim is not None else 0
