@@ -21,6 +21,7 @@ from titans_pretrain.config import DivergenceConfig, parse_config
 from titans_pretrain.data.stream import TrainStream
 from titans_pretrain.divergence import Divergence, robust_z
 from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED, ConfigError, DivergedError
+from titans_pretrain.phases import where
 from titans_pretrain.run import checkpoint, dcp
 
 STEPS = 16
@@ -52,7 +53,8 @@ def train(
     tree: dict[str, Any], poison: list[Pair], factor: float, stop_after: int | None = None
 ) -> int | str:
     """One life of a run on this rank, whose model multiplies the logits of rows that hold poison by
-    `factor`: inf, or what makes a loss spike. Its exit code, or what it diverged with."""
+    `factor`: inf, or what makes a loss spike. Its exit code, or what it diverged with, in which
+    phases."""
     from titans_pretrain.model.titans import TitansLM
 
     forward = TitansLM.forward
@@ -69,7 +71,7 @@ def train(
         return train_plainly(tree, stop_after)
     except DivergedError as e:
         assert e.exit_code == 4
-        return str(e)
+        return f"{e}\nin {where(e)[1]}"
 
 
 def tree_of(folder: Path, data: Path, on: str, **changes: Any) -> dict[str, Any]:
@@ -247,6 +249,7 @@ def test_without_a_checkpoint_there_is_no_way_back(
     tree = tree_of(tmp_path / "run", data, "rewind", checkpoint__every_steps=50)
     (told,) = run_world(train, 1, tree, poison, math.inf)
     assert "there is no checkpoint to go back to" in told
+    assert told.endswith("in ('loading',)")  # which the watchdog allows longer than a step
     tree["checkpoint"]["every_steps"] = 0
     with pytest.raises(ConfigError, match=r"divergence\.on=rewind, checkpoint\.every_steps=0"):
         parse_config(tree, "test")

@@ -82,6 +82,7 @@ class Recovery:
         log.warning("%s", told)
         return after, told
 
+    @phase("loading")
     def _find(self, error: DivergedError, step: int) -> checkpoint.Found:
         """The newest checkpoint of those that every life of the run makes at the same steps: what
         was saved on request must not make a difference. Else the newest."""

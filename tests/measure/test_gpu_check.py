@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.metadata
 import json
 import os
@@ -17,14 +18,15 @@ from typing import Any
 import pytest
 import torch
 
+from tests.worlds import run_world
 from titans_pretrain import cli
 from titans_pretrain.errors import ConfigError
-from titans_pretrain.measure.gpu_check import child, command, packages, plan, small
-from titans_pretrain.measure.gpu_check.judge import TOLERANCES, Row, judge, worst
+from titans_pretrain.measure.gpu_check import child, command, large, packages, plan, small
+from titans_pretrain.measure.gpu_check.judge import TOLERANCES, Row, judge, passed, worst
 from titans_pretrain.measure.gpu_check.large import large_config, needed_bytes
 from titans_pretrain.measure.gpu_check.plan import GROUPS, Group
 from titans_pretrain.measure.gpu_check.processes import Measured, Runner, environment, last_words
-from titans_pretrain.measure.gpu_check.report import markdown
+from titans_pretrain.measure.gpu_check.report import markdown, verdict
 from titans_pretrain.measure.made import made_batches
 from titans_pretrain.memory import problems
 from titans_pretrain.memory.chunked import chunked_memory
@@ -142,12 +144,11 @@ def test_the_dry_run_runs_every_case_and_says_that_it_is_one(dry: Any) -> None:
 
     rows = report["rows"]
     assert [r["what"] for r in rows if r["verdict"] != "passed"] == [
-        "stage 1, offload: GPU memory saved",
-        "stage 3, offload: GPU memory saved",
+        f"stage {stage}, offload: GPU memory saved" for stage in (1, 2, 3)
     ], "all else has run"
     told = {(r["case"].replace("repeat", "save"), r["what"]) for r in rows}
     asked = {(g.section, part) for g in GROUPS for part in g.parts if g.section != "reference"}
-    assert asked <= told and len(told - asked) == 2
+    assert asked <= told and len(told - asked) == 3
     ranks = [
         r["ranks"]
         for section in ("zero", "collectives", "layouts")
@@ -229,6 +230,14 @@ def test_states_are_judged_to_the_bit_both_ways() -> None:
     steady["same"] = False
     assert failures(measured) == ["repeat: mac bf16"]
 
+    # A save that crashed behind its first file: others have read that, and have nothing beside it.
+    measured = fine()
+    measured["save"]["mac bf16"] = {"error": "hang: killed after 90 s"}
+    rows = [r for r in judge(measured) if r.verdict == "failed"]
+    four = ("save", "resume", "to cpu", "back")
+    assert [(r.case, r.what) for r in rows] == [(section, "mac bf16") for section in four]
+    assert all("nothing to compare with" in r.figures for r in rows[1:])
+
 
 def test_speed_and_memory_stand_beside_the_baseline() -> None:
     rows = {(r.case, r.what): r for r in judge(fine())}
@@ -243,10 +252,27 @@ def test_speed_and_memory_stand_beside_the_baseline() -> None:
     measured = fine()
     measured["zero"]["stage 1, offload"]["peak_bytes"] = 8 * GIB
     assert failures(measured) == ["zero: stage 1, offload: GPU memory saved"]
-    measured["train"]["170m mac"]["rows"] = 1  # steps of another size are not compared
+    # Of steps with fewer rows tokens/s are compared, peaks are not.
+    measured["train"]["170m mac"] |= {"rows": 1, "tokens": 4096, "flops": 5e13}
     measured["matmul"]["bf16"]["peak_flop_per_s"] = None
     rows = {(r.case, r.what): r for r in judge(measured)}
-    assert rows["train", "170m mac"].figures.startswith("4,096 tokens/s, MFU 10.0%, peak 6.00 GiB;")
+    beside = "2,048 tokens/s (0.12 x baseline at 2 rows, here 1), MFU 5.0%, peak 6.00 GiB;"
+    assert rows["train", "170m mac"].figures.startswith(beside)
+    measured["train"]["170m mac"]["plain"] = True  # steps of another kind are not compared
+    rows = {(r.case, r.what): r for r in judge(measured)}
+    assert rows["train", "170m mac"].figures.startswith("2,048 tokens/s, MFU")
+
+
+def test_a_check_that_shows_nothing_has_not_passed() -> None:
+    measured = fine()
+    assert passed(judge(measured))
+    for section in ("memory", "steps", "train"):
+        skipped = {part: {"skipped": "no time"} for part in measured[section]}
+        some = {**measured, section: skipped}
+        rows = judge(some)
+        assert not passed(rows) and of(rows, "failed") == []
+        told = verdict({"finished": True, "dry_run": False}, rows)
+        assert told.startswith("NOT PASSED: ") and told.endswith(f"has passed of: {section}")
 
 
 @pytest.mark.parametrize(("broken", "code"), [(False, 0), (True, 1)])
@@ -342,7 +368,7 @@ def test_needed_time_follows_what_was_measured() -> None:
 def test_the_plan_holds_each_case_in_order_of_worth() -> None:
     started = list(plan.processes(GROUPS, dry=False))
     alone = [g.parts for g in started if g.section in ("train", "zero", "layouts")]
-    assert all(len(parts) == 1 for parts in alone) and len(alone) == 5 + 5 + 2 + 4
+    assert [len(parts) for parts in alone] == [5, 1, 1, 4, 1, 1, 1, 1, 1, 1]
     flat = [part for g in started for part in g.parts]
     assert flat == [part for g in GROUPS for part in g.parts]
     assert {g.section for g in GROUPS} == child.MEASURES.keys()
@@ -350,6 +376,32 @@ def test_the_plan_holds_each_case_in_order_of_worth() -> None:
     assert {p for g in GROUPS if g.section == "train" for p in g.parts} == trained
     dry = list(plan.processes(GROUPS, dry=True))
     assert [part for g in dry for part in g.parts] == flat and len(dry) < len(started)
+
+
+TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+
+def on_one_rank() -> dict[str, Any]:
+    """What each ZeRO row measures in one process, and the bytes of the tensors left of it."""
+    found, task = {}, replace(TRY, section="zero")
+    for part in plan.ZERO:
+        found[part] = {**large.zero(task, part), "took_s": 1.0}
+        large.let_go(task)
+        left = [x.untyped_storage() for x in gc.get_objects() if type(x) in TENSORS]
+        found[part]["left"] = sum({s.data_ptr(): s.nbytes() for s in left}.values())
+    return found
+
+
+@pytest.mark.slow
+def test_one_gpu_runs_every_zero_row_and_those_of_one_process_leave_nothing() -> None:
+    """Each stage with one rank, which the dry run never has; and what shares a process on a GPU
+    must not fill it."""
+    (found,) = run_world(on_one_rank, 1)
+    assert len(found) == 6 and all(r["ranks"] == 1 for r in found.values())
+    rows = judge({"zero": found})
+    assert [r.verdict for r in rows].count("passed") == 6 and of(rows, "failed") == []
+    assert found["stage 1"]["held_bytes"]["optimizer state"] > 400_000
+    assert max(found[part]["left"] for part in plan.FREED) < 100
 
 
 def test_groups_that_cannot_run_say_why(tmp_path: Path) -> None:
@@ -416,6 +468,16 @@ def test_without_pydantic_the_memory_is_still_checked(
     run = runner(tmp_path)
     run(Group("memory", ("fp32",), "torch"))
     assert failures(run.measured) == [] and "errors" in run.measured["memory"]["fp32"]
+
+
+def test_an_import_without_an_end_is_one_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "endless.py").write_text("import time\ntime.sleep(20)\n")
+    monkeypatch.setattr(packages, "NEEDS", {"torch": (("endless",), "torch")})
+    monkeypatch.setattr(packages, "IMPORT_S", 0.5)
+    found = packages.missing(environment("cpu", (tmp_path,)))
+    assert found == {"torch": "torch cannot be imported: not done after 0.5 s"}
 
 
 def test_wheels_stand_in_for_what_is_not_installed(tmp_path: Path) -> None:

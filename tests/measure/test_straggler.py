@@ -130,14 +130,14 @@ def where_it_waits() -> str:
 
     from titans_pretrain.measure.stopwatch import Stopwatch
     from titans_pretrain.measure.straggler import _telling_waits
-    from titans_pretrain.run.hang_report import main_thread_waits_in
+    from titans_pretrain.run.hang_report import waits_in
 
     dist.init_process_group("gloo")
     seen: list[str] = []
     dist.barrier()
 
     def look() -> None:
-        while not (found := main_thread_waits_in()):
+        while not (found := waits_in()):
             time.sleep(0.01)
         seen.append(found)
 

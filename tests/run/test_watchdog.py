@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
+import json
 import linecache
 import sys
 import threading
@@ -19,11 +21,14 @@ from titans_pretrain import phases
 from titans_pretrain.config import WatchdogConfig
 from titans_pretrain.phases import phase
 from titans_pretrain.run import hang_report
+from titans_pretrain.run import watchdog as watchdog_module
 from titans_pretrain.run.hang_report import behind, words
 from titans_pretrain.run.marks import Marks
 from titans_pretrain.run.roll import LEFT, Beat, Seen
 from titans_pretrain.run.watchdog import Watchdog
 
+LOST = "lost-rank-life-000000.txt"
+WAIT = "handle.wait()"
 OFF = {"step_minutes": 0, "start_minutes": 0, "data_minutes": 0, "checkpoint_minutes": 0}
 
 
@@ -64,6 +69,7 @@ def in_step(dog: Watchdog, step: int, *names: str) -> Iterator[None]:
         (("backward", "forward"), 7, "start_minutes", 2),  # the first step of this life compiles
         (("data",), 7, "data_minutes", 3),
         (("loading",), 0, "start_minutes", 2),
+        (("loading",), 8, "start_minutes", 2),  # back to a checkpoint
     ],
 )
 def test_each_kind_of_phase_has_its_limit(
@@ -180,7 +186,7 @@ def test_a_lost_rank_is_told_of_once(tmp_path: Path) -> None:
         dog.lost(met.value)
     (path,) = tmp_path.glob("lost-rank-*")
     text = path.read_text()
-    assert path.name == "lost-rank-life-000000.txt"
+    assert path.name == LOST
     assert "left with exit code 76: another rank is gone" in text.splitlines()[0]
     assert "why:        lost another rank: Connection closed by peer [10.0.0.2]:4242\n" in text
     assert "samples:    40 41\n" in text and "in fails_here" in text
@@ -218,6 +224,73 @@ def test_an_end_in_order_is_not_disturbed(tmp_path: Path) -> None:
     assert codes == []
 
 
+def test_a_report_that_fails_tells_what_is_certain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*args: Any, **named: Any) -> Any:
+        raise KeyError("no such group")
+
+    monkeypatch.setattr(watchdog_module, "describe", fails)
+    monkeypatch.setattr(watchdog_module, "recorded", fails)
+    codes: list[int] = []
+    with watchdog(tmp_path, codes, start_minutes=0.005):
+        stuck_here(codes)
+    assert codes == [77]
+    (path,) = tmp_path.glob("failure-*")
+    text = path.read_text()
+    assert text.startswith("why:        rank 0 on ") and "(watchdog.start_minutes=0.005)" in text
+    assert "KeyError: 'no such group'" in text and "in stuck_here" in text
+    for told in ("the report of this rank is cut short", "without what torch's flight recorder"):
+        (record,) = (r for r in caplog.records if told in r.getMessage())
+        assert record.exc_info is not None
+    watchdog(tmp_path).lost(RuntimeError("Connection closed"))  # nor does it hide the loss
+    assert "lost another rank: Connection closed" in (tmp_path / LOST).read_text()
+
+
+def test_a_look_that_fails_is_logged_and_not_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    codes: list[int] = []
+    with watchdog(tmp_path, codes, start_minutes=0.005) as dog:
+        look, failed = dog.look, []
+
+        def fails(passed: float) -> str:
+            if not failed:
+                failed.append(passed)
+                raise KeyError("no such rank")
+            return look(passed)
+
+        monkeypatch.setattr(dog, "look", fails)
+        stuck_here(codes)
+    assert codes == [77]
+    (record,) = (r for r in caplog.records if "could not look" in r.getMessage())
+    assert record.exc_info is not None and isinstance(record.exc_info[1], KeyError)
+
+
+def test_both_of_torchs_recorders_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's own is not in a torch without CUDA: what is read here stands for it."""
+
+    def entry(number: int, name: str, p2p: bool = False, **more: Any) -> dict[str, Any]:
+        at = {"is_p2p": p2p, "p2p_seq_id": number * p2p, "collective_seq_id": number * (not p2p)}
+        what = {"profiling_name": name, "input_sizes": [[4]], "process_group": ["0", "data"]}
+        return {**at, **what, "state": "scheduled", "retired": False, **more}
+
+    nccl = [entry(n, "nccl:all_reduce") for n in range(5, 14)]
+    nccl.insert(0, entry(4, "nccl:all_reduce", retired=True))
+    gloo = [entry(5, "nccl:all_reduce"), entry(2, "gloo:send", p2p=True)]
+    for name, entries in (("_dump_nccl_trace_json", nccl), ("_dump_fr_trace_json", gloo)):
+        text = json.dumps({"entries": entries}).encode()
+        monkeypatch.setattr(
+            hang_report.c10d, name, lambda collectives, active, text=text: text, raising=False
+        )
+    head, *lines = hang_report.recorded().splitlines()
+    assert head.startswith("torch's flight recorder, what is not done")
+    first = "  number {}, nccl:all_reduce of [[4]] in group data: scheduled"
+    assert lines == [*(first.format(n) for n in range(5, 13)), "  and 2 more"]
+    monkeypatch.delattr(hang_report.c10d, "_dump_nccl_trace_json")
+    assert hang_report.recorded().splitlines()[2].startswith("  number 2, gloo:send of [[4]] in")
+
+
 def seen(rank: int, silent: float = 0.0, **place: Any) -> Seen:
     return Seen(Beat(rank, f"n{rank}", 100 + rank, **place), silent)
 
@@ -251,7 +324,7 @@ def test_who_is_waited_for() -> None:
     ("module", "line", "waits"),
     [
         ("megatron.core.pipeline_parallel.p2p_communication", "handle.wait()", True),
-        ("titans_pretrain.parallel.links", "handle.wait()", True),
+        ("titans_pretrain.parallel.links", WAIT, True),
         ("titans_pretrain.parallel.links", "handle.other()", False),
         ("titans_pretrain.data.loader", "handle.wait()", False),
         ("torch.distributed.distributed_c10d", "handle.other()", True),
@@ -261,8 +334,34 @@ def test_what_counts_as_waiting_for_ranks(module: str, line: str, waits: bool) -
     def look() -> bool:
         return hang_report._waits(sys._getframe(1))
 
+    assert receiver(module, line)(SimpleNamespace(wait=look, other=look)) == waits
+
+
+def receiver(module: str, line: str) -> Any:
+    """A function of that module which consists of that line, on a `handle`."""
     source, name = f"def receive(handle):\n    return {line}\n", f"<{module} {line}>"
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
     scope: dict[str, Any] = {"__name__": module}
     exec(compile(source, name, "exec"), scope)
-    assert scope["receive"](SimpleNamespace(wait=look, other=look)) == waits
+    return scope["receive"]
+
+
+@pytest.mark.parametrize(("started_by_python", "waits"), [(False, "receive"), (True, "")])
+def test_a_thread_of_autograd_waits_for_training(started_by_python: bool, waits: str) -> None:
+    """On a GPU the backward runs in threads that Python has not started, as this one; a thread that
+    it has started saves, or looks on."""
+    lock, receive = _thread.allocate_lock(), receiver("titans_pretrain.parallel.link", WAIT)
+    lock.acquire()
+    handle = SimpleNamespace(wait=lock.acquire)
+    if started_by_python:
+        threading.Thread(target=receive, args=(handle,), daemon=True).start()
+    else:
+        _thread.start_new_thread(receive, (handle,))
+    try:
+        end = time.monotonic() + 5
+        while not any(f.f_code.co_name == "receive" for f in sys._current_frames().values()):
+            assert time.monotonic() < end
+        assert hang_report.waits_in() == waits
+        assert hang_report._collective() == waits
+    finally:
+        lock.release()

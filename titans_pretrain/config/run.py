@@ -168,10 +168,12 @@ class ProfileConfig(Section):
 class WatchdogConfig(Section):
     """How long a rank may make no progress before all end with 77, their stacks told. Progress is
     the beginning or end of a phase (see phases.py): each micro-batch, also of a validation, counts.
-    0: no such limit."""
+    So a step may take as long as it likes while its parts go on: one that is slow is no hang, and
+    is told of elsewhere (time/step_s, measure.straggler). 0: no such limit."""
 
     step_minutes: Minutes = 10.0  # anywhere not listed below
-    start_minutes: Minutes = 30.0  # until the first step is done: joining, building, loading
+    # Until the first step is done: joining, building; and wherever a checkpoint is loaded.
+    start_minutes: Minutes = 30.0
     data_minutes: Minutes = 30.0  # waiting for batches: a fetch that is tried again may take long
     checkpoint_minutes: Minutes = 30.0  # saving one, where training waits for it
     # A rank that gives no sign of life for so long, while this one makes no progress, is lost.

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 # Python's last frame of a thread that waits for other ranks: one of these, or a `.wait()` there.
 _WAITING = ("torch.distributed.distributed_c10d", "torch.distributed.rendezvous")
 _HANDLES = ("torch.distributed.", "deepspeed.", "megatron.", "titans_pretrain.parallel.")
+_NONE = "no collective that Python knows of (see the main thread, torch's flight recorder)"
 _LOOKS_ON = "titans_pretrain.measure.straggler"  # stands between them, where waits are timed
-_LAST = 8  # collectives of torch's flight recorder
+# torch's flight recorders, on unless TORCH_FR_BUFFER_SIZE=0: NCCL has its own (none without CUDA).
+_RECORDERS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
+_FIRST = 8  # collectives of theirs
 
 
 def words(seen: Seen) -> str:
@@ -75,7 +78,7 @@ def describe(
     batches: Sequence[Batch],
     lost: BaseException | None = None,
 ) -> str:
-    """The report of this rank.
+    """The report of this rank, but for what `recorded` adds.
 
     Args:
         silent: seconds that make a rank one that is not heard of.
@@ -91,11 +94,7 @@ def describe(
         f"time:       {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())}",
         f"why:        {why}",
         f"this rank:  {mine.place}; no progress for {mine.still:.0f} s",
-        *(
-            []
-            if lost
-            else [f"waits in:   {_collective() or 'no collective (see the main thread)'}"]
-        ),
+        *([] if lost else [f"waits in:   {_collective() or _NONE}"]),
         f"samples:    {_samples(batches)}",
     ]
     if seen and lost is None:
@@ -108,17 +107,40 @@ def describe(
             f"{s.beat.state or _at(s.beat)}"
             for s in seen
         ]
-    lines += ["", *_recorded()]
+    lines += [""]
     if lost is not None:
         lines += ["where this rank met it:", *_indented(traceback.format_exception(lost)), ""]
-    lines += _stacks()
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + stacks()
 
 
-def main_thread_waits_in() -> str:
-    """The function in which the main thread waits for other ranks, if it does."""
-    frame = _main_frame()
-    return frame.f_code.co_name if frame is not None and _waits(frame) else ""
+def recorded() -> str:
+    """What torch's flight recorders hold that is not done, the earliest first. NCCL's asks the CUDA
+    driver, which may be what hangs: so this comes last."""
+    lines: dict[str, None] = {}  # each once
+    for name in _RECORDERS:
+        dump = getattr(c10d, name, None)
+        entries = json.loads(dump(True, True)).get("entries", ()) if dump is not None else ()
+        for e in entries:
+            if not e["retired"]:
+                number = e["p2p_seq_id" if e["is_p2p"] else "collective_seq_id"]
+                lines[
+                    f"  number {number}, {e['profiling_name']} of {e['input_sizes']} in group "
+                    f"{e['process_group'][1]}: {e['state']}"
+                ] = None
+    if not lines:
+        return ""
+    shown = list(lines)[:_FIRST]
+    more = [f"  and {len(lines) - _FIRST} more"] if len(lines) > _FIRST else []
+    head = "torch's flight recorder, what is not done (of a group the first is waited for):"
+    return "\n".join([head, *shown, *more]) + "\n"
+
+
+def waits_in() -> str:
+    """The function in which training waits for other ranks, if Python knows of it. (On a GPU a
+    collective only joins the device's queue, and the main thread waits for that: see `recorded`.)
+    """
+    frame = _waiting_frame()
+    return frame.f_code.co_name if frame is not None else ""
 
 
 def _at(beat: Beat) -> str:
@@ -128,8 +150,8 @@ def _at(beat: Beat) -> str:
 
 def _collective() -> str:
     """The same with what it is called on and with whom."""
-    frame = _main_frame()
-    if frame is None or not _waits(frame):
+    frame = _waiting_frame()
+    if frame is None:
         return ""
     named = frame.f_locals
     tensor = next((v for v in named.values() if isinstance(v, torch.Tensor)), None)
@@ -154,11 +176,20 @@ def _samples(batches: Sequence[Batch]) -> str:
     return "; ".join(" ".join(map(str, b.samples.tolist())) for b in batches)
 
 
-def _main_frame() -> FrameType | None:
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    while frame is not None and frame.f_globals.get("__name__") == _LOOKS_ON:
-        frame = frame.f_back
-    return frame
+def _waiting_frame() -> FrameType | None:
+    """Of the main thread, or of one that Python has not started: on a GPU autograd runs the
+    backward in threads of its own, for which the main thread waits. (Those that Python has started
+    save, load or watch.)"""
+    frames = sys._current_frames()
+    main = threading.main_thread().ident
+    started = {t.ident for t in threading.enumerate() if not isinstance(t, threading._DummyThread)}
+    for ident in sorted(frames, key=lambda ident: ident != main):
+        frame = frames[ident] if ident == main or ident not in started else None
+        while frame is not None and frame.f_globals.get("__name__") == _LOOKS_ON:
+            frame = frame.f_back
+        if frame is not None and _waits(frame):
+            return frame
+    return None
 
 
 def _waits(frame: FrameType) -> bool:
@@ -167,30 +198,20 @@ def _waits(frame: FrameType) -> bool:
     return module in _WAITING or (module.startswith(_HANDLES) and ".wait(" in line)
 
 
-def _recorded() -> list[str]:
-    """What torch's flight recorder holds that is not done, where it records."""
-    recorded = json.loads(cast(Any, c10d)._dump_fr_trace_json(True, True))
-    open_ = [e for e in recorded.get("entries", ()) if not e["retired"]]
-    lines = [
-        f"  number {e['collective_seq_id']}, {e['profiling_name']} of {e['input_sizes']} in group "
-        f"{e['process_group'][1]}: {e['state']}"
-        for e in open_[-_LAST:]
-    ]
-    return ["torch's flight recorder, what is not done:", *lines, ""] if lines else []
-
-
 def _indented(texts: Sequence[str]) -> list[str]:
     return [f"  {line}" for line in "".join(texts).splitlines()]
 
 
-def _stacks() -> Iterator[str]:
+def stacks() -> str:
     """Every thread's stack, the main thread's first, the innermost call last."""
     threads = {t.ident: t for t in threading.enumerate()}
     main = threading.main_thread().ident
     frames = sys._current_frames()
     frames.pop(threading.get_ident(), None)  # writes this
+    lines = []
     for ident in sorted(frames, key=lambda i: (i != main, i)):
         thread = threads.get(ident)
-        yield f"thread {thread.name if thread else ident}, innermost call last:"
-        yield from (line.rstrip() for line in traceback.format_stack(frames[ident]))
-        yield ""
+        lines.append(f"thread {thread.name if thread else ident}, innermost call last:")
+        lines += (line.rstrip() for line in traceback.format_stack(frames[ident]))
+        lines.append("")
+    return "\n".join(lines) + "\n"

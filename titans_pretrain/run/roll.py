@@ -76,6 +76,7 @@ class Roll:
         self._heard = {r: (Beat(r, "an unknown host", 0), clock()) for r in range(size)}
         self._present: set[int] = set()
         self._read = (0, clock(), [Seen(first, 0.0)])  # number, when it was new, what it says
+        self._failing = False
         self._closed = threading.Event()
         self._store = cast(Any, distributed_c10d._get_default_store()).clone()
         self.alarm = ""  # why some rank ends the run
@@ -118,13 +119,25 @@ class Roll:
     def _keep_beating(self) -> None:
         try:
             while not self._closed.is_set():
-                self._beat()
+                self._try_to_beat()
                 self._closed.wait(self._every)
-            self._beat()
+            self._try_to_beat()
         except torch.distributed.DistError as e:
             # The rank that keeps the store is gone: `seen` shows it by its growing silence.
             if not self._closed.is_set():
                 logger.warning("the roll of ranks ends: %s", str(e).splitlines()[0])
+
+    def _try_to_beat(self) -> None:
+        """Raises only what says that the store is gone: without beats the others end the run."""
+        try:
+            self._beat()
+            self._failing = False
+        except torch.distributed.DistError:
+            raise
+        except Exception:
+            if not self._failing:  # the first of a row
+                logger.exception("a beat of this rank failed; the next comes in its time")
+            self._failing = True
 
     def _beat(self) -> None:
         self._sent += 1

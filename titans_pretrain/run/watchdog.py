@@ -21,6 +21,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -32,9 +33,9 @@ from titans_pretrain import phases
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import EXIT_HANG, HangError, NodeError
 from titans_pretrain.run import marks
-from titans_pretrain.run.hang_report import behind, describe, main_thread_waits_in, words
+from titans_pretrain.run.hang_report import behind, describe, recorded, stacks, waits_in, words
 from titans_pretrain.run.lock import newest_claim
-from titans_pretrain.run.roll import LEFT, Beat, Roll, Seen
+from titans_pretrain.run.roll import LEFT, Beat, Roll
 
 if TYPE_CHECKING:
     from titans_pretrain.data.batch import Batch
@@ -43,6 +44,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("titans_pretrain.watchdog")
 
 _MINUTES = ("step_minutes", "start_minutes", "data_minutes", "checkpoint_minutes")
+_LIMITS = {  # by phase; elsewhere step_minutes
+    "checkpoint": "checkpoint_minutes",
+    "data": "data_minutes",
+    "loading": "start_minutes",
+}
 _PLACE = (("RANK", 0), ("WORLD_SIZE", 1))
 TICK = 1.0  # seconds between two looks
 BEAT = 2.0  # seconds between two beats
@@ -86,19 +92,20 @@ class Watchdog:
     def lost(self, error: BaseException) -> None:
         """Another rank is gone without a word: writes where this one stood, as the first of those
         that are left, to lost-rank-life-<life>.txt."""
-        seen = self._roll.seen() if self._roll is not None else []
-        why = f"lost another rank: {str(error).strip().splitlines()[0]}"
-        limits = (4 * self._every, self._batches)
-        text = describe(self._mine(), self._size, why, seen, *limits, lost=error)
+        said = str(error).strip() or type(error).__name__
+        text = self._described(f"lost another rank: {said.splitlines()[0]}", error)
         try:
             claim = newest_claim(self._folder)
             life = claim.life if claim is not None else 0
-            with (self._folder / f"lost-rank-life-{life:06d}.txt").open("x") as file:
+            path = self._folder / f"lost-rank-life-{life:06d}.txt"
+            with path.open("x", encoding="utf-8") as file:
                 file.write(text)
         except FileExistsError:
             return  # another rank was first
         except OSError as e:
             logger.warning("%s: not written: %s", e.filename, e.strerror)
+            return
+        _add_recorded(path)
 
     def __enter__(self) -> Watchdog:
         phases.at_step(0)
@@ -121,7 +128,12 @@ class Watchdog:
         last = time.monotonic()
         while not self._closed.wait(self._tick):
             now = time.monotonic()
-            why = self.look(now - last)
+            try:
+                why = self.look(now - last)
+            except Exception:  # a watchdog that ended here would do so in silence
+                why = ""
+                with contextlib.suppress(OSError, NodeError):  # the disk may be the fault
+                    logger.exception("the watchdog could not look; it goes on")
             last = now
             if why and not self._closed.is_set():
                 self._ending.set()
@@ -159,9 +171,7 @@ class Watchdog:
     def _limit(self, stack: Sequence[str]) -> str:
         """The name of the limit that counts now: the longest that fits."""
         fitting = ["start_minutes"] if self._fed < 2 else []
-        for phase, name in (("checkpoint", "checkpoint_minutes"), ("data", "data_minutes")):
-            if phase in stack:
-                fitting.append(name)
+        fitting += [name for phase, name in _LIMITS.items() if phase in stack]
         # 0 is longest: no limit.
         return max(
             fitting or ["step_minutes"],
@@ -178,25 +188,38 @@ class Watchdog:
             phase=" > ".join(stack) or ("" if step else "starting"),
             pulse=pulse,
             still=self._clock - self._since,
-            waits_in=main_thread_waits_in(),
+            waits_in=waits_in(),
         )
 
     def _finish(self, why: str) -> None:
         """Reports, tells the others, gives them a moment to report, and ends this process."""
-        seen = self._roll.seen() if self._roll is not None else []
-        wrote = threading.Thread(target=self._write, args=(why, seen), daemon=True)
-        told = threading.Thread(target=self._tell, args=(why, wrote), daemon=True)
-        wrote.start()
-        told.start()
-        wrote.join(timeout=WRITING)
-        told.join(timeout=TELLING)
-        self._end(EXIT_HANG)
-        self._ended.set()
+        try:
+            wrote = threading.Thread(target=self._write, args=(why,), daemon=True)
+            told = threading.Thread(target=self._tell, args=(why, wrote), daemon=True)
+            wrote.start()
+            told.start()
+            wrote.join(timeout=WRITING)
+            told.join(timeout=TELLING)
+        finally:
+            self._end(EXIT_HANG)
+            self._ended.set()
 
-    def _write(self, why: str, seen: Sequence[Seen]) -> None:
+    def _described(self, why: str, lost: BaseException | None = None) -> str:
+        """The report; where it fails itself, the reason to end and the stacks all the same."""
+        try:
+            seen = self._roll.seen() if self._roll is not None else []
+            limits = (4 * self._every, self._batches)
+            return describe(self._mine(), self._size, why, seen, *limits, lost=lost)
+        except Exception as e:
+            with contextlib.suppress(OSError, NodeError):
+                logger.exception("the report of this rank is cut short")
+            failed = "".join(traceback.format_exception(e))
+            return f"why:        {why}\nthe report is cut short by: {failed}\n{stacks()}"
+
+    def _write(self, why: str) -> None:
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         path = self._folder / f"failure-{stamp}-rank-{self._rank:05d}.txt"
-        text = describe(self._mine(), self._size, why, seen, 4 * self._every, self._batches)
+        text = self._described(why)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
@@ -214,6 +237,7 @@ class Watchdog:
             logger.error("%s", error)
             for stream in (sys.stdout, sys.stderr, *logging.getLogger("titans_pretrain").handlers):
                 stream.flush()
+        _add_recorded(path)
 
     def _tell(self, why: str, wrote: threading.Thread) -> None:
         """The others; then waits until all that are there have reported: if rank 0 left before
@@ -230,3 +254,13 @@ class Watchdog:
                 time.sleep(0.05)
         except torch.distributed.DistError:
             return  # whoever kept the store is gone: nobody is left to tell
+
+
+def _add_recorded(report: Path) -> None:
+    """To a report that tells all else already: this may hang, and fail in torch's ways."""
+    try:
+        with report.open("a", encoding="utf-8") as file:
+            file.write(recorded())
+    except Exception:
+        with contextlib.suppress(OSError, NodeError):
+            logger.exception("%s: without what torch's flight recorder holds", report)

@@ -14,10 +14,10 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from titans_pretrain.errors import EXIT_DONE, EXIT_OTHER, ConfigError
-from titans_pretrain.measure.gpu_check.judge import Row, judge
+from titans_pretrain.measure.gpu_check.judge import Row, judge, passed
 from titans_pretrain.measure.gpu_check.packages import missing, unpack
 from titans_pretrain.measure.gpu_check.plan import GROUPS, processes
 from titans_pretrain.measure.gpu_check.processes import Runner, environment
@@ -36,7 +36,7 @@ def register(commands: Subparsers) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 if no row fails, else 1. Raises ConfigError where there is no CUDA device."""
+    """Returns 0 if the check passes, else 1. Raises ConfigError where there is no CUDA device."""
     args = _options(argparse.ArgumentParser(prog="titans-pretrain gpu-check")).parse_args(argv)
     return args.run(args)
 
@@ -46,8 +46,8 @@ def _options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "On a machine with CUDA GPUs: the memory against the CPU's float64 oracle, training steps "
         "of each variant against the CPU's, collectives, the paper's 170M and 340M in speed and "
         "memory, ZeRO, save and resume across devices. What does not fit in time or memory, or "
-        "lacks a package, is skipped and says so. Exit codes: 0 nothing failed, 1 something did, "
-        "2 no CUDA device."
+        "lacks a package, is skipped and says so. Exit codes: 0 passed, 1 a row failed, or none "
+        "of the memory, the steps or the training has passed, 2 no CUDA device."
     )
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-check"), metavar="DIR")
     parser.add_argument(
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         )
         rows = check(runner, _report(args, device, lacking, began))
     print(f"{args.out / 'report.md'}, report.json; what the processes said: {args.out / 'logs'}")
-    return EXIT_OTHER if any(row.verdict == "failed" for row in rows) else EXIT_DONE
+    return EXIT_DONE if passed(rows) else EXIT_OTHER
 
 
 Header = Callable[[bool], dict[str, object]]
@@ -157,9 +157,10 @@ def require_cuda() -> tuple[str, int]:
 def _commit() -> str:
     """The commit of the source that runs, if it is a checkout."""
     here, git = Path(__file__).parent, ["git", "describe", "--always", "--dirty"]
+    how: dict[str, Any] = {"cwd": here, "capture_output": True, "text": True, "timeout": 10}
     try:
-        said = subprocess.run(git, cwd=here, capture_output=True, text=True, check=False)
-    except OSError:
+        said = subprocess.run(git, **how, check=False)
+    except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return said.stdout.strip() or "unknown"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -79,6 +80,7 @@ def large_config(
 
 
 def _measure(task: Task, size: str, variant: str, zero: dict[str, Any]) -> dict[str, Any]:
+    let_go(task)
     config = large_config(task, size, variant, zero)
     world = _world(task, config) if task.engines else None
     free = _free_bytes(task, world)
@@ -90,13 +92,23 @@ def _measure(task: Task, size: str, variant: str, zero: dict[str, Any]) -> dict[
         why = f"it needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
         return {"skipped": f"{why} (one row of {config.data.sequence_length} tokens)"}
     began = time.perf_counter()
-    step, held = _build(task, config, world)
+    step, held, close = _build(task, config, world)
     built_s = time.perf_counter() - began
     found = _describe(task, config, needed, built_s) | _steps(task, step, held)
+    close()
     hardware = like(torch.cuda.get_device_name()) if task.cuda else None
     if hardware is not None and task.engines:
         found["plan"] = planned(config, task.ranks, hardware)
     return found
+
+
+def let_go(task: Task) -> None:
+    """Frees what the part before held: cycles of objects, some of which torch's own hold together,
+    so that they fall apart one after another; and torch keeps what is freed."""
+    while gc.collect():
+        pass
+    if task.cuda:
+        torch.cuda.empty_cache()
 
 
 def _free_bytes(task: Task, world: World | None) -> float:
@@ -131,12 +143,12 @@ Step = Callable[[int], tuple[float, float]]  # number -> loss, gradient norm
 
 def _build(
     task: Task, config: RunConfig, world: World | None
-) -> tuple[Step, Callable[[], dict[str, int]]]:
-    """(a step on the same rows each time, the bytes held by kind)."""
+) -> tuple[Step, Callable[[], dict[str, int]], Callable[[], None]]:
+    """(a step on the same rows each time, the bytes held by kind, what lets go of them)."""
     if world is None:
         plain = PlainStep(config, torch.device(task.device))
         rows = made_batches(config, 1)
-        return (lambda number: plain(rows, number)), plain.held_bytes
+        return (lambda number: plain(rows, number)), plain.held_bytes, lambda: None
     from titans_pretrain.parallel.layout import plan_layout
     from titans_pretrain.step import TrainStep
 
@@ -148,7 +160,7 @@ def _build(
         report = step(batches, number)
         return report.loss, report.grad_norm
 
-    return go, lambda: held_bytes(step)
+    return go, lambda: held_bytes(step), step.optimizer.engine.destroy
 
 
 def _describe(task: Task, config: RunConfig, needed: int, built_s: float) -> dict[str, Any]:

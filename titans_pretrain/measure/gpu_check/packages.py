@@ -10,11 +10,13 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from titans_pretrain.errors import ConfigError
+from titans_pretrain.measure.gpu_check.processes import end
 
 # What a group needs -> the modules that it imports, and what they stand for.
 NEEDS = {
@@ -28,6 +30,7 @@ NEEDS = {
         "Megatron-core and DeepSpeed",
     ),
 }
+IMPORT_S = 120.0  # that the import of one need may take
 # Of torch's own making, and large: a machine's own counts, whatever wheels lie about.
 _NEVER = re.compile(r"torch|triton|nvidia|cuda", re.IGNORECASE)
 
@@ -36,15 +39,31 @@ def missing(env: Mapping[str, str]) -> dict[str, str]:
     """{need: what stands for it does not load, and why} of the needs that are not met."""
     found = {}
     for need, (modules, name) in reversed(NEEDS.items()):  # each has the ones before it within
-        command = [sys.executable, "-c", f"import {', '.join(modules)}"]
-        tried = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-        if tried.returncode:
-            lines = tried.stderr.strip().splitlines()
-            why = lines[-1] if lines else f"exit code {tried.returncode}"
-            found[need] = f"{name} cannot be imported: {why}"
-        else:
+        if not (why := _not_imported(modules, env)):
             break
+        found[need] = f"{name} cannot be imported: {why}"
     return dict(reversed(found.items()))
+
+
+def _not_imported(modules: Sequence[str], env: Mapping[str, str]) -> str:
+    """Why a process cannot import the modules, or ""."""
+    with tempfile.TemporaryFile("w+") as said:  # a pipe would have to be emptied
+        process = subprocess.Popen(
+            [sys.executable, "-c", f"import {', '.join(modules)}"],
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            env=env,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(IMPORT_S)
+        except subprocess.TimeoutExpired:
+            return f"not done after {IMPORT_S:g} s"
+        finally:
+            end(process)
+        said.seek(0)
+        lines = said.read().strip().splitlines()
+    return "" if not code else lines[-1] if lines else f"exit code {code}"
 
 
 def unpack(wheels: Path, folder: Path) -> list[str]:

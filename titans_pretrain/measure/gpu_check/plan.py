@@ -22,9 +22,12 @@ ZERO: dict[str, dict[str, Any]] = {
     "stage 1": {"stage": 1},
     "stage 1, offload": {"stage": 1, "offload": True},
     "stage 2": {"stage": 2},
+    "stage 2, offload": {"stage": 2, "offload": True},
     "stage 3": {"stage": 3},
     "stage 3, offload": {"stage": 3, "offload": True},
 }
+# What DeepSpeed leaves of stages 1 and 2 is freed; of stage 3 it is not.
+FREED = tuple(part for part, zero in ZERO.items() if zero["stage"] < 3)
 LAYOUTS = ("data", "tensor", "pipeline", "context")  # by which the ranks divide a small model
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send")
 
@@ -39,7 +42,9 @@ class Group:
     needs: str = "engines"  # a key of packages.NEEDS
     on_cpu: bool = False  # on a machine with a GPU, too
     all_ranks: bool = False  # as many ranks as there are GPUs
-    alone: bool = False  # each part in a process of its own: it fills the device
+    # Each part in a process of its own: it takes long and is looked at before (needed_s), leaves
+    # its tensors behind, or is a world of another shape.
+    alone: bool = False
     least_s: float = 15.0  # a process is not started with less time than this
     most_s: float = 90.0  # of a part, the process' start included: beyond it hangs
     after: str = ""  # a section that left files which this one reads
@@ -52,13 +57,14 @@ GROUPS = (
     Group("steps", SMALL, "models"),
     Group("reference", tuple(f"{v} fp32" for v in VARIANTS), "models", on_cpu=True),
     Group("collectives", COLLECTIVES, "torch", all_ranks=True),
-    Group("train", TRAINED, "models", alone=True, least_s=30, most_s=120),
+    Group("train", TRAINED, "models", least_s=30, most_s=120),
+    Group("train", LARGER, "models", alone=True, least_s=45, most_s=150),
     Group("save", SAVED, "models"),
     Group("resume", SAVED, after="save"),
     Group("to cpu", SAVED, on_cpu=True, after="save"),
     Group("back", SAVED, after="to cpu"),
-    Group("zero", tuple(ZERO), all_ranks=True, alone=True, least_s=30, most_s=120),
-    Group("train", LARGER, "models", alone=True, least_s=45, most_s=150),
+    Group("zero", FREED, all_ranks=True, least_s=30, most_s=120),
+    Group("zero", tuple(ZERO)[len(FREED) :], all_ranks=True, alone=True, least_s=30, most_s=120),
     Group("layouts", LAYOUTS, all_ranks=True, alone=True, least_s=20),
     Group("memory speed", ("C=16 bf16", "C=64 bf16", "C=16 fp32", "C=64 fp32"), "torch"),
 )
@@ -72,8 +78,9 @@ STEPS_TAKEN, START_S = 5, 15.0  # of a training part: its steps; what its start 
 
 
 def processes(groups: Sequence[Group], *, dry: bool) -> Iterator[Group]:
-    """The groups as they are started, in their order: parts that fill a device one by one. On a CPU
-    they are tiny and stay together, but for layouts, each of which is a world of its own."""
+    """The groups as they are started, in their order. Starting a process takes a good part of what
+    most parts take, so that they share one where they can. On a CPU all do, but for layouts, each
+    of which is a world of its own."""
     for group in groups:
         if group.alone and not (dry and group.section != "layouts"):
             for part in group.parts:

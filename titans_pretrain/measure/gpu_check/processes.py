@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ Measured = dict[str, Results]  # section -> its results
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _TELLING = re.compile(r"^\s*([\w.]+(Error|Exception|Interrupt|Exit)\b|Fatal |Segmentation )")
 _WORDS = 3  # last lines of a process that failed
+DIES_S = 10.0  # that a killed process may take to be gone
 _DRY_S = 300.0  # of a part in a dry run, on however slow a machine
 _AS_IT_TRAINS = ("train", "zero", "memory speed")  # TF32 as torch has it; elsewhere it is off
 
@@ -111,9 +113,7 @@ class Runner:
             try:
                 problem = self._follow(process, path, _DRY_S if self.dry else group.most_s)
             finally:
-                if process.poll() is None:  # several ranks die with it, which has launched them
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                end(process)  # several ranks die with it, which has launched them
         # A line without its end is one that a kill cut short.
         text = path.read_text().rpartition("\n")[0]
         lines = [json.loads(line) for line in text.splitlines()]
@@ -144,6 +144,15 @@ class Runner:
                 return {"error": f"hang: killed after {most_s:.0f} s"}
             time.sleep(0.05)
         return {}
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """Kills what is left of a process that leads its group. One that does not even die of SIGKILL,
+    in a driver that hangs, is left behind: the check goes on."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(DIES_S)
 
 
 def last_words(log: str) -> str:

@@ -14,6 +14,8 @@ from titans_pretrain.measure.gpu_check.judge import (
     Row,
     beside_baseline,
     good,
+    not_shown,
+    passed,
     peak_flops,
     speed,
 )
@@ -24,9 +26,12 @@ from titans_pretrain.measure.gpu_check.processes import Measured
 def verdict(report: dict[str, Any], rows: Sequence[Row]) -> str:
     """One line; a dry run says in it that it is one."""
     count = Counter(row.verdict for row in rows)
-    line = f"{'FAILED' if count['failed'] else 'PASSED'}: " + ", ".join(
+    word = "PASSED" if passed(rows) else "FAILED" if count["failed"] else "NOT PASSED"
+    line = f"{word}: " + ", ".join(
         f"{count[name]} {name}" for name in ("passed", "failed", "skipped")
     )
+    if missing := not_shown(rows):
+        line += f". Nothing has passed of: {', '.join(missing)}"
     if not report["finished"]:
         line += ". NOT FINISHED: it was cut short"
     if report["dry_run"]:
