@@ -37,6 +37,7 @@ ARROWS = {
         "measure.hardware",  # for --measure alone: it needs torch
     ),
     "evaluate": ("config", "errors", "data", "model", "run"),
+    "verify_plain": ("config", "data.batch", "model", "run.optim"),  # what layouts are held against
 }
 # Engine -> where it may be imported (files or folders).
 ENGINES = {

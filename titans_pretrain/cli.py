@@ -157,7 +157,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
     args, rest = parser.parse_known_args(argv)
     # Overrides may stand on either side of an option; argparse takes only the first group.
-    if args.command in ("train", "compare", "submit", "plan"):
+    if args.command in ("train", "compare", "submit", "plan", "verify"):
         args.overrides += [a for a in rest if "=" in a and not a.startswith("-")]
         rest = [a for a in rest if "=" not in a or a.startswith("-")]
     if rest:

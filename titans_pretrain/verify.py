@@ -3,122 +3,54 @@
 The ranks go through N steps as training does. Then one process goes through the same rows with the
 plain model and torch's AdamW: no Megatron, no DeepSpeed, no plan, no shard. Compared are the losses
 and gradient norms of all steps, the gradient of the first step and the way that the N steps have
-gone, parameter by parameter. All of it in float32.
+gone, parameter by parameter; and what several ranks hold, copy by copy. All of it in float32.
 
 How much rounding alone may do is measured, too: the plain process runs once more from weights
-changed by 1e-7 of themselves. A difference counts where it is beyond its tolerance and beyond ten
-times that.
+changed by 1e-7 of themselves.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import math
-import sys
+import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from titans_pretrain.config import ModelConfig, RunConfig, dump_config, load_config
+from titans_pretrain import phases
+from titans_pretrain.arguments import positive
+from titans_pretrain.config import RunConfig, dump_config, load_config
 from titans_pretrain.data.batch import Batch
 from titans_pretrain.data.streaming import open_batches
-from titans_pretrain.errors import EXIT_DONE, EXIT_OTHER, ConfigError
+from titans_pretrain.errors import EXIT_DONE, EXIT_OTHER, ConfigError, OutOfMemoryError
 from titans_pretrain.feed import open_stream, with_vocabulary
 from titans_pretrain.launch.local import as_ranks
+from titans_pretrain.measure.failing import Failing
 from titans_pretrain.measure.made import made_batches
+from titans_pretrain.measure.out_of_memory import is_out_of_memory
 from titans_pretrain.measure.step_benchmark import prepared
-from titans_pretrain.model.loss import token_loss, z_penalty
-from titans_pretrain.model.shapes import kind
-from titans_pretrain.model.titans import TitansLM, initialise
 from titans_pretrain.parallel.layout import Fragment, Layout, plan_layout
 from titans_pretrain.parallel.world import World, start_world, world_size
 from titans_pretrain.run import dcp
-from titans_pretrain.run.optim import learning_rate, param_groups
+from titans_pretrain.run.files import storage_error
+from titans_pretrain.run.watchdog import Watchdog
 from titans_pretrain.step import TrainStep
+from titans_pretrain.verify_config import VOCABULARY, changes, verified
+from titans_pretrain.verify_plain import Step, Trained, first_weight, train_plain
+from titans_pretrain.verify_report import GRADIENT, UPDATE, Compared, Difference, Gap, report
 
-GRADIENT, UPDATE, LOSS = 1e-5, 1e-3, 1e-5  # tolerances, each relative
-ROUNDING, BEYOND = 1e-7, 10.0
-VOCABULARY = 512  # of made-up tokens, where the config names none
-HEAD_WIDTH = 16  # of a shrunk model: with 4, float32 says little
+ROUNDING = 1e-7
+PATIENCE = 7 * 24 * 3600.0  # seconds in which the other ranks wait for the plain process
 
-
-@dataclass(frozen=True)
-class Step:
-    loss: float  # nats a label
-    grad_norm: float
-
-
-class PlainRun:
-    """Training in one process: the plain model, torch's AdamW, one batch after the other."""
-
-    def __init__(self, config: RunConfig, device: torch.device, changed: float = 0.0) -> None:
-        self.config, self.device = config, device
-        self.model = TitansLM(config.model, dtype=torch.float32, device=device)
-        initialise(self.model, config.train.seed)
-        if changed:
-            g = torch.Generator().manual_seed(0)
-            with torch.no_grad():
-                for p in self.model.parameters():
-                    p.mul_(1 + changed * torch.randn(p.shape, generator=g).to(device))
-        o = config.optim
-        groups = param_groups(self.model.named_parameters(), kind, o)
-        self.adamw = torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
-
-    def step(self, number: int, batches: Sequence[Batch]) -> tuple[Step, dict[str, Tensor]]:
-        """Update `number` (from 1) from all rows of the step: what it was, and every gradient
-        before clipping."""
-        tokens = sum(int(batch.loss_mask.sum()) for batch in batches)
-        self.adamw.zero_grad()
-        nats = 0.0
-        for batch in batches:
-            mask = batch.loss_mask.to(self.device)
-            logits, _ = self.model(batch.tokens.to(self.device), batch.positions, carry=False)
-            loss = token_loss(logits, batch.labels.to(self.device))[mask].sum() / tokens
-            nats += loss.item()
-            if self.config.train.z_loss:
-                loss = loss + self.config.train.z_loss * z_penalty(logits)[mask].sum() / tokens
-            loss.backward()
-        gradients = {
-            n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None
-        }
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip)
-        rate = learning_rate(number, self.config.optim, self.config.train.steps)
-        for group in self.adamw.param_groups:
-            group["lr"] = rate * group["lr_scale"]
-        self.adamw.step()
-        return Step(nats, float(norm)), gradients
-
-    def weights(self) -> dict[str, Tensor]:
-        return {n: p.detach().clone() for n, p in self.model.named_parameters()}
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of one parameter; relative to the gradient's largest entry and to the way gone."""
-
-    name: str
-    gradient: float
-    update: float
-    rounding_gradient: float
-    rounding_update: float
-
-    @property
-    def wrong(self) -> bool:
-        return not (
-            self.gradient <= max(GRADIENT, BEYOND * self.rounding_gradient)
-            and self.update <= max(UPDATE, BEYOND * self.rounding_update)
-        )
-
-    @property
-    def size(self) -> float:
-        """By which parameters are ordered: how far beyond its tolerance; NaN above all."""
-        worst = max(self.gradient / GRADIENT, self.update / UPDATE)
-        return math.inf if math.isnan(self.gradient + self.update) else worst
+Apart = dict[str, tuple[float, float]]  # of a copy, by parameter: see `copies`
 
 
 def register(subparsers: Any) -> None:
@@ -126,12 +58,13 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "verify",
         help="check a config's layout against one plain process",
-        description=(__doc__ or "").splitlines()[0],
+        description=f"{(__doc__ or '').splitlines()[0]} Exit codes: 0 all agrees, 1 something "
+        "differs or cannot be judged; others as `train`.",
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file; its data need not exist")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="e.g. parallel.tensor=2")
-    parser.add_argument("--ranks", type=int, metavar="N", help="processes to start here")
-    parser.add_argument("--steps", type=int, default=3, metavar="N", help="default 3")
+    parser.add_argument("--ranks", type=positive, metavar="N", help="processes to start here")
+    parser.add_argument("--steps", type=positive, default=3, metavar="N", help="default 3")
     parser.add_argument(
         "--shrink", action="store_true", help="the same layout of a small model on made-up rows"
     )
@@ -144,98 +77,113 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report; 0 where all agrees, 1 where not."""
-    config = load_config(args.config, args.overrides)
-    ranks = args.ranks or world_size()
-    if min(args.steps, ranks) < 1:
-        raise ConfigError(
-            f"--steps {args.steps}, --ranks {ranks}", "both are at least 1", "give larger numbers"
-        )
-    config = checked(config, args.steps)
-    if args.shrink:
-        config = shrunk(config, ranks)
-    layout = plan_layout(config, ranks)
-    if (code := as_ranks(sys.argv[1:], ranks if ranks > 1 else None)) is not None:
+    asked = load_config(args.config, args.overrides)
+    ranks = world_size() if "RANK" in os.environ else args.ranks or 1
+    plan_layout(verified(asked, ranks, args.shrink), ranks)  # once, before there are ranks
+    command = ["verify", args.config, *args.overrides, "--steps", str(args.steps)]
+    command += [f"--{name}" for name in ("shrink", "all") if getattr(args, name)]
+    if args.scratch is not None:
+        command += ["--scratch", str(args.scratch)]
+        try:
+            args.scratch.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise storage_error(e, f"making --scratch {args.scratch}", starting=True) from e
+    if (code := as_ranks(command, ranks if ranks > 1 else None)) is not None:
         return code
     with tempfile.TemporaryDirectory(dir=args.scratch) as mine:
-        return verify(config, layout, args.steps, Path(mine), args.shrink, args.all)
-
-
-def checked(config: RunConfig, steps: int) -> RunConfig:
-    """The config as it is verified: in float32, the schedule cut to the steps, no growing batch."""
-    train = {"precision": "fp32", "steps": max(steps, 2), "ramp": None}
-    optim = {"warmup_steps": 0, "schedule": "constant"}  # full steps from the first on
-    return config.model_copy(
-        update={
-            "train": config.train.model_copy(update=train),
-            "optim": config.optim.model_copy(update=optim),
-        }
-    )
-
-
-def shrunk(config: RunConfig, ranks: int) -> RunConfig:
-    """The same layout, wiring and heads of a small model: two blocks a piece, heads of 16, four
-    chunks (MAC: segments) a context rank, two micro-batches of one row."""
-    p, m = config.parallel, config.model
-    data_parallel = max(1, ranks // (p.tensor * p.context * p.pipeline))
-    chunk = min(m.memory.chunk, 16)
-    segment = 2 * chunk
-    tensor = p.tensor
-    model = {
-        "blocks": 2 * p.pipeline * p.interleave,
-        "width": m.heads * HEAD_WIDTH,
-        "mlp_width": -(-2 * m.heads * HEAD_WIDTH // tensor) * tensor,
-        "vocab_size": -(-VOCABULARY // tensor) * tensor,
-        "segment": segment,
-        "window": None if m.window is None else min(m.window, 3 * chunk),
-        "persistent_tokens": min(m.persistent_tokens, 4),
-        "memory": m.memory.model_copy(update={"chunk": chunk}),
-    }
-    train = {
-        "micro_batch": 1,
-        "global_batch": 2 * data_parallel * max(1, p.pipeline),
-    }
-    length = 4 * segment * p.context * tensor
-    return config.model_copy(
-        update={
-            "model": ModelConfig.model_validate({**m.model_dump(), **_dumped(model)}),
-            "train": config.train.model_copy(update=train),
-            "data": config.data.model_copy(update={"sequence_length": length}),
-        }
-    )
-
-
-def _dumped(model: dict[str, Any]) -> dict[str, Any]:
-    return {**model, "memory": model["memory"].model_dump()}
+        return verify(asked, args.steps, Path(mine), shrink=args.shrink, everything=args.all)
 
 
 def verify(
-    config: RunConfig, layout: Layout, steps: int, scratch: Path, made: bool, everything: bool
+    asked: RunConfig, steps: int, scratch: Path, *, shrink: bool = False, everything: bool = False
 ) -> int:
-    """Collective. Runs both sides; rank 0 prints the report. The exit code, equal on every rank."""
-    world = start_world(config.train, layout, said=dump_config(config))
-    try:
-        config, mine, whole = rows_of(config, world, made)
-        folder = Path(world.broadcast_object(str(scratch)))
-        taken = go(config, layout, world, mine, steps, folder)
-        wrong = 0
-        if world.rank == 0:
-            found = against_plain(config, world.device, whole, steps, folder, taken)
-            print(report(config, layout, steps, taken, *found, everything=everything))
-            wrong = any(d.wrong for d in found[1]) or not agree(taken, found[0])
-        return EXIT_OTHER if world.broadcast_object(wrong) else EXIT_DONE
-    finally:
-        world.shut_down()
+    """Collective. Runs both sides; rank 0 prints the report. The exit code, equal on every rank.
+
+    Args:
+        scratch: an empty folder of this rank; that of rank 0 is used by all.
+    """
+    config = verified(asked, world_size(), shrink)
+    layout, changed = plan_layout(config, world_size()), changes(asked, config)
+    with contextlib.ExitStack() as leaving, Failing(config) as failing:
+        # A report of a hang goes into the scratch folder: there is no run.
+        away = config.model_copy(update={"folder": str(scratch)})
+        with Watchdog(away) as watchdog, contextlib.ExitStack() as watched:
+            said = dump_config(config)
+            world = failing.joined(start_world(config.train, layout, watchdog.timeout_s, said))
+            leaving.callback(world.shut_down)
+            watchdog.joined(world, watched)
+            scratch = Path(world.broadcast_object(str(scratch)))
+            world.agree(lambda: require_seen(scratch))
+            made = world.only_first(lambda: shrink or not prepared(config))
+            config, plain_rows, rows = rows_of(config, world, watched, made)
+            step = failing.step = TrainStep(config, layout, world)
+            taken, mine = go(step, rows, steps, scratch, watchdog)
+            apart = world.gather_objects(mine)
+        # The plain process may need all of the memory, and long: the others wait, unwatched.
+        del step
+        failing.step = None
+        gc.collect()
+        torch.cuda.empty_cache()
+        patient = replace(world, timeout_s=PATIENCE).apart()
+
+        def judge() -> bool:
+            read = plain_rows(steps)
+            recompute = config.train.recompute == "blocks" and not shrink
+            found = against_plain(config, world.device, read, scratch, taken, apart, recompute)
+            head = headline(config, layout, steps, "made-up rows" if made else "its own data")
+            print(report(head, changed, found, everything=everything), flush=True)
+            return found.agrees
+
+        return EXIT_DONE if patient.only_first(judge) else EXIT_OTHER
 
 
-Rows = Iterator[list[Batch]]
+def require_seen(scratch: Path) -> None:
+    """Raises ConfigError where rank 0's folder is not this rank's."""
+    if not scratch.is_dir():
+        raise ConfigError(
+            f"{scratch}: not seen from {os.uname().nodename}",
+            "what the layout has computed goes through a folder that all ranks see",
+            "give one on a shared disk with --scratch",
+        )
 
 
-def rows_of(config: RunConfig, world: World, made: bool) -> tuple[RunConfig, Rows, Rows]:
-    """The config with its vocabulary; each step's micro-batches of this rank, and of all ranks."""
-    place, ranks = world.place.data, world.layout.data_parallel
-    if not made and prepared(config):
-        stream = world.agree(lambda: open_stream(config, world))
-        config = with_vocabulary(config, stream)
+def headline(config: RunConfig, layout: Layout, steps: int, rows: str) -> str:
+    m = config.model
+    return (
+        f"{layout.describe()} of {m.variant}, {m.blocks} blocks of width {m.width}, against one "
+        f"plain process: {steps} steps of {config.train.global_batch} x "
+        f"{config.data.sequence_length} tokens ({rows}), float32"
+    )
+
+
+Steps = list[list[Batch]]  # micro-batches of each step
+
+
+def rows_of(
+    config: RunConfig, world: World, leaving: contextlib.ExitStack, made: bool
+) -> tuple[RunConfig, Callable[[int], Steps], Iterator[list[Batch]]]:
+    """The config with its vocabulary; all ranks' micro-batches of so many steps; and step by step
+    those of this rank, until `leaving` is left. Collective."""
+    if made:
+        size = config.model.vocab_size or VOCABULARY * config.parallel.tensor
+        model = config.model.model_copy(update={"vocab_size": size})
+        config = config.model_copy(update={"model": model})
+        place, ranks = world.place.data, world.layout.data_parallel
+
+        def make(steps: int) -> Steps:
+            return [made_batches(config, number) for number in range(1, steps + 1)]
+
+        def made_rows() -> Iterator[list[Batch]]:
+            number = 0
+            while number := number + 1:
+                yield made_batches(config, number, place, ranks)
+
+        return config, make, made_rows()
+    stream = world.agree(lambda: open_stream(config, world))
+    config = with_vocabulary(config, stream)
+    plan_layout(config, world.size)  # again: now the vocabulary is known
+
+    def read(steps: int) -> Steps:
         alone = open_batches(
             config.data,
             global_batch=config.train.global_batch,
@@ -244,26 +192,25 @@ def rows_of(config: RunConfig, world: World, made: bool) -> tuple[RunConfig, Row
             vocab_size=config.model.vocab_size,
             rows=config.train.rows,
         )
-        mine, whole = ((b for b, _ in s.batches(s.start())) for s in (stream, alone))
-        return config, mine, whole
-    size = config.model.vocab_size or VOCABULARY * config.parallel.tensor
-    model = config.model.model_copy(update={"vocab_size": size})
-    config = config.model_copy(update={"model": model})
+        with contextlib.closing(alone.batches(alone.start())) as batches:
+            return [next(batches)[0] for _ in range(steps)]
 
-    def repeat(rank: int, of: int) -> Rows:
-        number = 0
-        while number := number + 1:
-            yield made_batches(config, number, rank, of)
-
-    return config, repeat(place, ranks), repeat(0, 1)
+    batches = leaving.enter_context(
+        contextlib.closing(world.agree(lambda: stream.batches(stream.start())))
+    )
+    return config, read, (micro_batches for micro_batches, _ in batches)
 
 
 def go(
-    config: RunConfig, layout: Layout, world: World, rows: Rows, steps: int, folder: Path
-) -> list[Step]:
-    """The layout's side; leaves the first gradient and the last weights in the folder, by unsharded
-    name. Collective."""
-    step, taken = TrainStep(config, layout, world), []
+    step: TrainStep,
+    rows: Iterator[list[Batch]],
+    steps: int,
+    folder: Path,
+    watchdog: Watchdog,
+) -> tuple[list[Step], Apart]:
+    """Collective. The layout's side; leaves the first gradient and the last weights in the folder,
+    by unsharded name. Returns the steps, and how far this rank's copies are from what was saved."""
+    taken: list[Step] = []
     gradients: list[Fragment] = []
 
     def keep(owned: dict[str, Fragment]) -> None:
@@ -272,118 +219,118 @@ def go(
 
     handle = step.optimizer.on_reduced_gradients(keep)
     for number in range(1, steps + 1):
-        report = step(next(rows), number)
-        taken.append(Step(report.loss, report.grad_norm))
+        phases.at_step(number)
+        with phases.phase("data"):
+            micro_batches = step.world.agree(lambda: next(rows))
+        watchdog.fed(micro_batches)
+        did = step(micro_batches, number)
+        taken.append(Step(did.loss, did.grad_norm))
         if number == 1:
             handle.remove()
-            factor = max(1.0, (report.grad_norm + 1e-6) / config.optim.clip)  # unclipped again
+            factor = max(1.0, (did.grad_norm + 1e-6) / step.config.optim.clip)  # unclipped again
             for f in gradients:
                 f.tensors["gradient"].mul_(factor)
-            dcp.save_tensors(folder / "gradient", gradients, {})
     weights = [
         replace(f, tensors={"weight": f.tensors["weight"]}) for f in step.optimizer.fragments()
     ]
-    dcp.save_tensors(folder / "weight", weights, {})
-    return taken
+    with phases.phase("checkpoint"):
+        dcp.save_tensors(folder / "gradient", gradients, {})
+        dcp.save_tensors(folder / "weight", weights, {})
+        gradient = copies(folder / "gradient", gradients, "gradient")
+        weight = copies(folder / "weight", weights, "weight")
+    return taken, {
+        n: (float(gradient[n].abs().max()), float(weight[n].norm()))
+        for n in sorted(gradient.keys() & weight.keys())
+    }
+
+
+def copies(folder: Path, fragments: Sequence[Fragment], what: str) -> dict[str, Tensor]:
+    """What this rank's copies, of which another rank saved its own, have more than that."""
+    metadata, found = dcp.read_metadata(folder), {}
+    for f in fragments:
+        [name] = dcp.names_of(f, [what]).values()
+        if not f.first and name in metadata.state_dict_metadata:
+            saved = f.shard.of(dcp.load_one(folder, name, metadata)).reshape(-1)
+            found[f.name] = f.tensors[what].cpu() - saved[f.start : f.start + f.numel]
+    return found
 
 
 def against_plain(
     config: RunConfig,
     device: torch.device,
-    rows: Rows,
-    steps: int,
+    rows: Steps,
     folder: Path,
     taken: Sequence[Step],
-) -> tuple[list[Step], list[Difference]]:
-    """The plain side: its steps, and every parameter's difference, the worst first."""
-    plain, shaken = PlainRun(config, device), PlainRun(config, device, ROUNDING)
-    begin, began = plain.weights(), shaken.weights()
-    expected: list[Step] = []
-    first: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-    for number in range(1, steps + 1):
-        batches = next(rows)
-        step, gradients = plain.step(number, batches)
-        _, others = shaken.step(number, batches)
-        expected.append(step)
-        if number == 1:
-            first = gradients, others
-    end, ended = plain.weights(), shaken.weights()
-    saved = {what: dcp.read_metadata(folder / what) for what in ("gradient", "weight")}
-    found = []
-    for name in begin:
-        gradient, moved = first[0][name], end[name] - begin[name]
-        layout_gradient, layout_weight = (
-            dcp.load_one(folder / what, f"{where}/{name}", saved[what]).to(device)
-            for what, where in (("gradient", "optimizer/gradient"), ("weight", "model"))
-        )
-        found.append(
-            Difference(
-                name,
-                _largest(layout_gradient - gradient, gradient),
-                _length(layout_weight - end[name], moved),
-                _largest(first[1][name] - gradient, gradient),
-                _length((ended[name] - began[name]) - moved, moved),
-            )
-        )
-    return expected, sorted(found, key=lambda d: d.size, reverse=True)
+    apart: Sequence[Apart],
+    recompute: bool,
+) -> Compared:
+    """The plain side, and every parameter's difference from it; `apart`: of each rank.
+
+    Raises OutOfMemoryError."""
+    try:
+        plain = train_plain(config, device, rows, recompute=recompute)
+        shaken = train_plain(config, device, rows, recompute=recompute, changed=ROUNDING)
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
+            raise
+        raise OutOfMemoryError(
+            f"the plain process, on {device}: {str(e).strip().splitlines()[0]}",
+            "the whole model, its AdamW state and one row's activations fit into one process",
+            "verify a small model in the same layout: --shrink; or use train.device=cpu, "
+            "train.recompute=blocks, or a smaller data.sequence_length",
+        ) from e
+    parameters: list[Difference] = []
+    several: list[Difference] = []
+    for name in plain.weights:
+        one, others = differences(config, name, plain, shaken, folder, apart)
+        parameters.append(one)
+        several += sorted(others, key=lambda d: d.order)[-1:]  # the worst of its copies
+    return Compared(taken, plain.steps, shaken.steps, parameters, several)
 
 
-def _largest(difference: Tensor, of: Tensor) -> float:
-    return float(difference.abs().max() / of.abs().max().clamp_min(1e-30))
-
-
-def _length(difference: Tensor, of: Tensor) -> float:
-    return float(difference.norm() / of.norm().clamp_min(1e-30))
-
-
-def agree(taken: Sequence[Step], expected: Sequence[Step]) -> bool:
-    """Whether losses and gradient norms are equal."""
-    return all(
-        math.isclose(a.loss, b.loss, rel_tol=LOSS)
-        and math.isclose(a.grad_norm, b.grad_norm, rel_tol=LOSS)
-        for a, b in zip(taken, expected, strict=True)
+def differences(
+    config: RunConfig,
+    name: str,
+    plain: Trained,
+    shaken: Trained,
+    folder: Path,
+    apart: Sequence[Apart],
+) -> tuple[Difference, list[Difference]]:
+    """Of one parameter as the layout saved it, and of its copies on other ranks from that."""
+    gradient, weight = plain.gradient[name], plain.weights[name]
+    begin, changed = (
+        first_weight(config.model, name, weight.shape, config.train.seed, change)
+        for change in (0.0, ROUNDING)
+    )
+    moved = weight - begin
+    largest, way = float(gradient.abs().max()), float(moved.norm())
+    rounding = (
+        _relative(float((shaken.gradient[name] - gradient).abs().max()), largest),
+        _relative(float((shaken.weights[name] - changed - moved).norm()), way),
     )
 
+    def differs(gradient: float, update: float, note: str = "") -> Difference:
+        off = Gap(_relative(gradient, largest), rounding[0], GRADIENT)
+        astray = Gap(_relative(update, way), rounding[1], UPDATE)
+        return Difference(name, off, astray, note, silent=largest == gradient == 0)
 
-def report(
-    config: RunConfig,
-    layout: Layout,
-    steps: int,
-    taken: Sequence[Step],
-    expected: Sequence[Step],
-    found: Sequence[Difference],
-    *,
-    everything: bool,
-) -> str:
-    """The tables, and the verdict."""
-    m = config.model
-    lines = [
-        f"{layout.describe()} of {m.variant}, {m.blocks} blocks of width {m.width}, against one "
-        f"plain process: {steps} steps of {config.train.global_batch} x "
-        f"{config.data.sequence_length} tokens, float32",
-        "",
-        f"  {'step':>4} {'loss':>12} {'plain':>12} {'gradient norm':>14} {'plain':>12}",
+    saved = _saved(folder / "gradient", f"optimizer/gradient/{name}")
+    after = _saved(folder / "weight", f"model/{name}")
+    others = [
+        differs(*told[name], f"rank {rank}'s copy")
+        for rank, told in enumerate(apart)
+        if name in told
     ]
-    for number, (a, b) in enumerate(zip(taken, expected, strict=True), 1):
-        lines.append(
-            f"  {number:>4} {a.loss:>12.7f} {b.loss:>12.7f} "
-            f"{a.grad_norm:>14.7f} {b.grad_norm:>12.7f}"
-        )
-    shown = found if everything else found[:10]
-    wide = max(len(d.name) for d in shown)
-    head = "".join(f" {what:>10}" for what in ("gradient", "rounding", "update", "rounding"))
-    lines += ["", f"  {'parameter':<{wide}}{head}"]
-    for d in shown:
-        lines.append(
-            f"  {d.name:<{wide}} {d.gradient:>10.1e} {d.rounding_gradient:>10.1e} "
-            f"{d.update:>10.1e} {d.rounding_update:>10.1e}{'  DIFFERS' if d.wrong else ''}"
-        )
-    if len(found) > len(shown):
-        lines.append(f"  and {len(found) - len(shown)} more, none larger (--all lists them)")
-    wrong = [d.name for d in found if d.wrong]
-    verdict = f"all {len(found)} parameters agree"
-    if wrong:
-        verdict = f"{len(wrong)} of {len(found)} parameters DIFFER, {wrong[0]} the most"
-    elif not agree(taken, expected):
-        verdict = "losses or gradient norms DIFFER, though all parameters agree"
-    return "\n".join([*lines, "", verdict])
+    if saved is None or after is None:
+        return differs(math.nan, math.nan, "which no rank has"), others
+    return differs(float((saved - gradient).abs().max()), float((after - weight).norm())), others
+
+
+def _saved(folder: Path, name: str) -> Tensor | None:
+    metadata = dcp.read_metadata(folder)
+    known = name in metadata.state_dict_metadata
+    return dcp.load_one(folder, name, metadata) if known else None
+
+
+def _relative(difference: float, of: float) -> float:
+    return difference / max(of, 1e-30)
