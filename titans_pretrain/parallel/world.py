@@ -118,10 +118,15 @@ class World:
 
 
 def choose_device(asked: str, local_rank: int) -> torch.device:
-    """cpu or cuda:local_rank. Raises ConfigError if CUDA is asked for where there is none."""
-    if asked == "cpu":
-        return torch.device("cpu")
+    """cpu or cuda:local_rank. Raises ConfigError if CUDA is asked for where there is none, or the
+    CPU where the engines, which look for themselves, would take CUDA."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "cpu" and count > 0:
+        raise ConfigError(
+            f"train.device=cpu: torch sees {count} CUDA devices",
+            "what runs on the CPU sees no GPU: Megatron-core and DeepSpeed would take it",
+            "set CUDA_VISIBLE_DEVICES= (nothing) in the environment, as `train` does by itself",
+        )
     if count == 0:
         if asked == "cuda":
             raise ConfigError(
