@@ -50,6 +50,40 @@ def test_a_lost_peer_is_told_to_who_reports(tmp_path):
     assert told == [gone]
 
 
+NCCL = "NCCL error in: ProcessGroupNCCL.cpp:4104, {}, NCCL version 2.28.9\n{}\nLast error:\n{}"
+REMOTE = (
+    "remote process exited or there was a network error",
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting "
+    "prematurely.",
+)
+SYSTEM = (
+    "unhandled system error (run with NCCL_DEBUG=INFO for details)",
+    "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device "
+    "error.",
+)
+USAGE = ("invalid usage", "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.")
+
+
+@pytest.mark.parametrize(
+    ("kind", "last", "lost"),
+    [
+        (REMOTE, "", True),
+        (REMOTE, "NET/IB : Got completion from peer 10.0.0.2<4791> with status=12", True),
+        (SYSTEM, "socketProgress: Connection closed by remote peer tn2<4242>", True),
+        (SYSTEM, "ncclSocketPollConnect: connect to tn2<4242> returned Connection refused", True),
+        (SYSTEM, "Error while creating shared memory segment /dev/shm/nccl-x (9637888)", False),
+        (SYSTEM, "Bootstrap : no socket interface found", False),
+        (USAGE, "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000", False),
+    ],
+)
+def test_of_nccl_s_errors_those_of_a_peer_that_is_gone(failing, kind, last, lost):
+    error = torch.distributed.DistBackendError(NCCL.format(*kind, last))
+    kind = LostPeerError if lost else torch.distributed.DistBackendError
+    with pytest.raises(kind) as caught, failing:
+        raise error
+    assert lost or caught.value is error  # its whole text is what tells
+
+
 def test_a_lost_peer_names_nobody(failing):
     with pytest.raises(LostPeerError) as caught, failing:
         raise RuntimeError("Connection closed by peer [10.0.0.2]:4242")

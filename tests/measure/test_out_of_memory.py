@@ -195,6 +195,8 @@ def test_two_ranks_share_the_optimizer_state() -> None:
         (torch.OutOfMemoryError("CUDA out of memory."), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to alloc"), True),
         (RuntimeError("CUDA error: out of memory"), True),
+        (torch.distributed.DistBackendError("Last error:\nCuda failure 2 'out of memory'"), True),
+        (torch.distributed.DistBackendError("Cuda failure 217 'peer access is not s"), False),
         (RuntimeError("std::bad_alloc"), True),
         (OSError(12, "Cannot allocate memory"), True),
         (OSError(28, "No space left on device"), False),

@@ -35,6 +35,7 @@ _WORDS = (  # of errors that torch raises as plain RuntimeErrors
     "Cannot allocate memory",
     "std::bad_alloc",
     "CUDA error: out of memory",
+    "Cuda failure 2 'out of memory'",  # NCCL's
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
