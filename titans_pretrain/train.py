@@ -68,7 +68,8 @@ def run_training(
         Failing(config, watchdog.lost) as failing,
     ):
         said = dump_config(config)
-        world = failing.joined(start_world(config.train, layout, watchdog.timeout_s, said))
+        limits = (watchdog.timeout_s, said, watchdog.everywhere)
+        world = failing.joined(start_world(config.train, layout, *limits))
         leaving.callback(world.shut_down)
         watchdog.joined(world, leaving)
         check_profile(config.profile, world.size)

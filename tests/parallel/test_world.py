@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
+from tests.worlds import run_world
 from titans_pretrain.errors import ConfigError
-from titans_pretrain.parallel.world import choose_device
+from titans_pretrain.parallel.world import choose_device, prepare_cuda
 
 
 @pytest.fixture
@@ -22,3 +25,21 @@ def test_a_rank_takes_the_device_that_all_engines_take(two_gpus: None) -> None:
     with pytest.raises(ConfigError, match="torch sees 2 CUDA devices") as caught:
         choose_device("cpu", 0)  # Megatron and DeepSpeed would compute on a GPU
     assert "CUDA_VISIBLE_DEVICES" in caught.value.remedy
+
+
+def prepared(set_by_user: str) -> tuple[str, str]:
+    """What an operation says that has no deterministic algorithm; NCCL's setting."""
+    torch._C._set_deterministic_algorithms(False)
+    os.environ["NCCL_ALGO"] = set_by_user
+    prepare_cuda(deterministic=True, watched=True)
+    try:
+        torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
+    except RuntimeError as e:
+        return str(e), os.environ["NCCL_ALGO"]
+    return "", os.environ["NCCL_ALGO"]
+
+
+def test_what_is_not_deterministic_fails_and_what_the_user_has_set_stays() -> None:
+    ((told, algorithm),) = run_world(prepared, 1, "Ring")
+    assert told.startswith("put_ does not have a deterministic implementation")
+    assert algorithm == "Ring"

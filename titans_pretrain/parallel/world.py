@@ -160,13 +160,14 @@ def start_world(
     layout: Layout | None = None,
     timeout_s: float = 1800,
     said: str = "",
+    watched: bool = False,
 ) -> World:
     """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT describe.
 
     Without RANK this process is a world of one. gloo on a CPU, NCCL on CUDA (with gloo for CPU
     tensors); Megatron's groups of `layout` on top (default: data parallel alone). Raises
     ConfigError where they say too little, and on every rank where ranks differ in what was `said`
-    to them: the run's config.
+    to them: the run's config. `watched`: something else ends a rank that hangs, wherever it does.
     """
     env = os.environ
     rank, size = int(env.get("RANK", 0)), world_size()
@@ -183,10 +184,7 @@ def start_world(
     threads = train.threads or max(1, len(os.sched_getaffinity(0)) // local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    else:
-        env.setdefault("DS_ACCELERATOR", "cpu")
+        prepare_cuda(train.deterministic, watched)
     torch.set_num_threads(threads)
     if env.get("MASTER_ADDR") in ("127.0.0.1", "localhost"):
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
@@ -212,6 +210,23 @@ def start_world(
         distributed_timeout_minutes=math.ceil(timeout_s / 60),
     )
     return World(rank, size, local_rank, local_size, device, threads, layout, timeout_s)
+
+
+def prepare_cuda(deterministic: bool, watched: bool) -> None:
+    """Before the process group is made, whose NCCL reads these. What the user has set stays."""
+    env = os.environ
+    env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if deterministic:
+        # Not `warn_only`: with it, attention's backward keeps to the algorithm that is not. The
+        # public call does the same, and imports a part of torch's compiler: a second.
+        torch._C._set_deterministic_algorithms(True, warn_only=False)
+        torch._C._set_deterministic_fill_uninitialized_memory(False)  # nothing here reads it
+        env.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")  # sums in the switch, in any order
+    if watched:
+        # NCCL's watchdog aborts the process at an error, before the error is told where it was met.
+        # Left to `watched`: without one it is what ends a collective that never ends.
+        env.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        env.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")
 
 
 def _require_equal(said: str, size: int) -> None:
