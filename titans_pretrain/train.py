@@ -263,6 +263,7 @@ def tell_differences(config: RunConfig, world: World, state: dict[str, Any]) -> 
         "ranks": world.size,
         "layout": world.layout.describe(),
         "threads": world.threads,
+        "devices": world.device_kind,
         "versions": versions(),
     }
     for key, value in now.items():
@@ -341,6 +342,7 @@ def state_of(config: RunConfig, home: Home, world: World, at: Progressed) -> dic
         "ranks": world.size,
         "layout": world.layout.describe(),
         "threads": world.threads,
+        "devices": world.device_kind,
         "time": time.time(),
     }
 

@@ -51,6 +51,13 @@ class World:
     def host(self) -> str:
         return socket.gethostname()
 
+    @property
+    def device_kind(self) -> str:
+        """What this rank computes on: on another kind sums come in another order."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+
     def sum(self, values: list[float]) -> list[float]:
         """Sums a few numbers over all ranks, in float64."""
         return self._reduce(values, dist.ReduceOp.SUM)
