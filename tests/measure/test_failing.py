@@ -36,9 +36,11 @@ def test_a_broken_device_names_its_node(failing, said):
 @pytest.mark.parametrize(
     "said", ["CUDA error: an illegal memory access was encountered", "CUDA error: invalid argument"]
 )
-def test_a_program_at_fault_stays_what_it_is(failing, said):
+def test_a_program_at_fault_stays_what_it_is(failing, said, caplog):
     with pytest.raises(torch.AcceleratorError), failing:
         raise torch.AcceleratorError(said + ASYNC)
+    # Whatever becomes of this rank as it leaves, its log has where it was.
+    assert "test_failing.py" in caplog.text and f"AcceleratorError: {said}" in caplog.text
 
 
 def test_a_lost_peer_is_told_to_who_reports(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -43,3 +45,31 @@ def test_what_is_not_deterministic_fails_and_what_the_user_has_set_stays() -> No
     ((told, algorithm),) = run_world(prepared, 1, "Ring")
     assert told.startswith("put_ does not have a deterministic implementation")
     assert algorithm == "Ring"
+
+
+# A world on "CUDA": its process group is gloo's; something that waits as the process ends stands in
+# for NCCL's own end.
+LEAVES = """
+import atexit, contextlib, time
+from dataclasses import replace
+import torch
+from titans_pretrain.config import TrainConfig
+from titans_pretrain.parallel.world import start_world
+
+world = replace(start_world(TrainConfig(device="cpu", threads=1)), device=torch.device("cuda"))
+atexit.register(time.sleep, 600)
+with contextlib.ExitStack() as leaving:
+    leaving.callback(world.shut_down)
+    try:
+        raise {error}
+    finally:
+        print("last words", end="")
+"""
+
+
+@pytest.mark.parametrize(("error", "code"), [("ValueError('why')", 1), ("OSError(28, 'full')", 76)])
+def test_with_an_error_nothing_on_cuda_is_waited_for(error: str, code: int) -> None:
+    line = [sys.executable, "-c", LEAVES.format(error=error)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (code, "last words")
+    assert f"{error.partition('(')[0]}: " in done.stderr  # Python has told

@@ -83,6 +83,9 @@ class Failing:
                 raise self._broken(error) from error
             if isinstance(error, RuntimeError) and _peer_gone(error):
                 raise self._lost(error) from error
+            if isinstance(error, Exception):
+                # Now, not as the process ends: it may be ended before, waiting for other ranks.
+                logger.error("this rank failed", exc_info=error)
         finally:
             if self._peers is not None:
                 self._peers.close()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import hashlib
+import logging
 import math
 import os
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -15,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from titans_pretrain.config import ParallelConfig, TrainConfig
-from titans_pretrain.errors import ConfigError, TitansError
+from titans_pretrain.errors import ConfigError, TitansError, exit_code_of
 from titans_pretrain.parallel.layout import Layout, Place
 from titans_pretrain.parallel.megatron import parallel_state
 
@@ -119,9 +123,24 @@ class World:
         dist.barrier(group=self.group)
 
     def shut_down(self) -> None:
+        """Leaves the other ranks. On CUDA with an error in hand, as the process ends: NCCL would
+        wait, here and in its own end, for what others no longer send, and they may be stuck."""
+        error = sys.exc_info()[1]
+        if error is not None and self.device.type == "cuda":
+            atexit.register(_end, exit_code_of(error))
+            return
         parallel_state.destroy_model_parallel()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _end(code: int) -> None:
+    """As Python's own end would be, without that of the libraries."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody listens, or it is closed
+            stream.flush()
+    os._exit(code)
 
 
 def choose_device(asked: str, local_rank: int) -> torch.device:
