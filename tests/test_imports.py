@@ -21,7 +21,7 @@ ARROWS = {
     "data": ("config", "errors"),
     "memory": (),
     "model": ("config", "errors", "memory"),
-    "parallel": ("config", "errors", "data.batch", "phases"),
+    "parallel": ("config", "errors", "data.batch", "memory.onto", "phases"),
     "phases": (),
     "cut": ("config", "model.counts", "parallel.layout"),
     "run": ("config", "errors", "parallel.layout", "phases"),
