@@ -85,6 +85,9 @@ class Stage(nn.Module):
             # issues 750 and 1450).
             batch_p2p_comm=not interleaved,
             overlap_p2p_comm=interleaved,
+            # Megatron: "to work around a bug in older version of PyTorch". The received tensor is
+            # waited for on the stream in any case.
+            batch_p2p_sync=False,
             params_dtype=dtype,
             pipeline_dtype=dtype,
             bf16=dtype == torch.bfloat16,
