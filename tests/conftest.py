@@ -12,6 +12,9 @@ settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25
 settings.register_profile("fuzz", derandomize=False, deadline=None, max_examples=200)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests are the CPU's, and engines take a GPU that they see; CUDA_VISIBLE_DEVICES=0 pytest -m cuda
+# runs those of a GPU.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 SLURM = Path(__file__).parent / "slurm"
 BESIDE = 5  # niceness of a worker of pytest -n; the one that has Slurm's tests takes it back

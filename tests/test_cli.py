@@ -122,6 +122,30 @@ def test_train_hands_over_config_and_options_with_the_handlers_set(config, train
     assert (stop_after, init_from, handled) == (7, "runs/a", True)
 
 
+def test_a_run_on_the_cpu_sees_no_gpu(config, trainer, monkeypatch):
+    _, module = trainer
+    names = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
+    module.run_training = lambda *_, **__: seen.append([os.environ[name] for name in names]) or 0
+    seen = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    for device in ("cuda", "auto", "cpu"):
+        assert cli.main(["train", str(config), f"train.device={device}"]) == 0
+    assert seen == [["3", "cuda"], ["3", "cuda"], ["", "cpu"]]
+
+
+def test_what_the_user_says_of_cuda_s_memory_stays(config, trainer, monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    assert cli.main(["train", str(config)]) == 75
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    assert cli.main(["train", str(config)]) == 75
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
 def test_errors_become_a_message_and_their_exit_code(config, trainer, capsys):
     _, module = trainer
 

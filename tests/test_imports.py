@@ -21,7 +21,7 @@ ARROWS = {
     "data": ("config", "errors"),
     "memory": (),
     "model": ("config", "errors", "memory"),
-    "parallel": ("config", "errors", "data.batch", "phases"),
+    "parallel": ("config", "errors", "data.batch", "memory.onto", "phases"),
     "phases": (),
     "cut": ("config", "model.counts", "parallel.layout"),
     "run": ("config", "errors", "parallel.layout", "phases"),
@@ -189,7 +189,9 @@ def test_no_rank_imports_torch_s_compiler_as_it_starts():
     code = (
         "import sys, titans_pretrain.train as _\n"
         "import deepspeed.runtime.zero.muon.muon_optimizer  # by deepspeed.initialize\n"
-        "print('torch._inductor.compile_fx' in sys.modules)"
+        "from titans_pretrain.parallel.world import prepare_cuda\n"
+        "prepare_cuda(deterministic=True, watched=True)\n"
+        "print(any(name.startswith('torch._inductor') for name in sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert out.stdout.split() == ["False"], out.stderr

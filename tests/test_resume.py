@@ -240,6 +240,30 @@ def test_kill_9_then_the_same_command_goes_on(data: Path, tmp_path: Path, begin:
     assert [event.step for event in board.Scalars(drift)] == list(range(7, 61, 7))
 
 
+def test_another_kind_of_device_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+
+    from titans_pretrain.parallel.layout import Layout
+    from titans_pretrain.parallel.world import World
+    from titans_pretrain.train import tell_differences, versions
+
+    config = parse_config(small_run(tmp_path, tmp_path), "test")
+    layout = Layout(1, config.parallel, 1, 1)
+    world = World(0, 1, 0, 1, torch.device("cuda", 0), 1, layout)
+    saved = {"ranks": 1, "layout": layout.describe(), "threads": 1, "versions": versions()}
+    saved["config"] = config.model_dump(mode="json")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    tell_differences(config, world, saved | {"devices": "NVIDIA H200"})
+    tell_differences(config, world, saved)  # of a checkpoint from before it was kept
+    assert caplog.messages == []
+    tell_differences(config, world, saved | {"devices": "NVIDIA H100"})
+    assert caplog.messages == [
+        "devices were NVIDIA H100, are NVIDIA H200: the run goes on, but not bitwise"
+    ]
+
+
 def init_from(tree: dict[str, Any], source: str) -> int:
     from titans_pretrain.train import run_training
 

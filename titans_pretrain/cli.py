@@ -202,6 +202,7 @@ def _train_here(args: argparse.Namespace) -> int:
     from titans_pretrain.run.lock import refuse_if_held_here
 
     config = _load(args.config, args.overrides)
+    _before_torch(config)
     if args.ranks is not None:
         if "RANK" in os.environ:
             raise ConfigError(
@@ -247,6 +248,26 @@ def _load(path: str, overrides: list[str]) -> RunConfig:
             raise
 
 
+def _before_torch(config: RunConfig) -> None:
+    """What torch, the engines and CUDA read as they begin. Ranks started from here inherit it."""
+    env = os.environ
+    if config.train.device == "cpu":
+        _hide_gpus()
+    if config.parallel.context > 1:
+        # Ranks wait for one another on several streams; those that share one of CUDA's queues,
+        # eight unless told otherwise, would wait for each other, too.
+        env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in env:  # its former name
+        # Documents of any length: what is given back rarely fits what is asked for next.
+        env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def _hide_gpus() -> None:
+    """What runs on the CPU sees no GPU, wherever it runs: torch and the engines choose their device
+    by themselves, and must choose the same."""
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from titans_pretrain.inspect_command import inspect
 
@@ -255,6 +276,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    if args.what == "wave":  # on the CPU always
+        _hide_gpus()
     return importlib.import_module(_BENCHMARKS[args.what]).main(args.arguments) or 0
 
 

@@ -14,7 +14,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import socket
 
 EXIT_DONE = 0
@@ -87,6 +89,15 @@ class HangError(TitansError):
 
 class LostPeerError(NodeError):
     """Another rank is gone: this one leaves alone."""
+
+
+def exit_code_of(error: BaseException) -> int:
+    """With which a process ends that ends with `error`."""
+    if isinstance(error, TitansError):
+        return error.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return EXIT_NODE
+    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else EXIT_OTHER
 
 
 def this_node() -> str:

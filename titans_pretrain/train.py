@@ -70,7 +70,8 @@ def run_training(
         Failing(config, watchdog.lost) as failing,
     ):
         said = f"{dump_config(config)}--stop-after {stop_after} --init-from {init_from}"
-        world = failing.joined(start_world(config.train, layout, watchdog.timeout_s, said))
+        limits = (watchdog.timeout_s, said, watchdog.everywhere)
+        world = failing.joined(start_world(config.train, layout, *limits))
         leaving.callback(world.shut_down)
         watchdog.joined(world, leaving)
         check_profile(config.profile, world.size)
@@ -266,6 +267,7 @@ def tell_differences(config: RunConfig, world: World, state: dict[str, Any]) -> 
         "ranks": world.size,
         "layout": world.layout.describe(),
         "threads": world.threads,
+        "devices": world.device_kind,
         "versions": versions(),
     }
     for key, value in now.items():
@@ -344,6 +346,7 @@ def state_of(config: RunConfig, home: Home, world: World, at: Progressed) -> dic
         "ranks": world.size,
         "layout": world.layout.describe(),
         "threads": world.threads,
+        "devices": world.device_kind,
         "time": time.time(),
     }
 

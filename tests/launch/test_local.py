@@ -115,12 +115,18 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize(
-    ("end", "code"), [("sys.exit(3)", 3), ("sys.exit(77)", 77), ("time.sleep(60)", 76)]
+    ("lost", "end", "code"),
+    [
+        ("sys.exit(76)", "sys.exit(3)", 3),
+        ("sys.exit(76)", "sys.exit(77)", 77),
+        ("sys.exit(76)", "time.sleep(60)", 76),
+        ("os.abort()", "sys.exit(3)", 3),  # as NCCL's watchdog ends it
+    ],
 )
-def test_a_rank_that_lost_another_is_not_the_cause(tmp_path, end, code):
+def test_a_rank_that_lost_another_is_not_the_cause(tmp_path, lost, end, code):
     body = f"""
 if rank == 0:
-    sys.exit(76)
+    {lost}
 await_file("rank-00001.out")
 time.sleep(0.5)
 {end}

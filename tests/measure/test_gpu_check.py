@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib.metadata
+import itertools
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ import torch
 from tests.worlds import run_world
 from titans_pretrain import cli
 from titans_pretrain.errors import ConfigError
-from titans_pretrain.measure.gpu_check import child, command, large, packages, plan, small
+from titans_pretrain.measure.gpu_check import child, command, large, packages, plan, saves, small
 from titans_pretrain.measure.gpu_check.judge import TOLERANCES, Row, judge, passed, worst
 from titans_pretrain.measure.gpu_check.large import large_config, needed_bytes
 from titans_pretrain.measure.gpu_check.plan import GROUPS, Group
@@ -237,6 +238,32 @@ def test_states_are_judged_to_the_bit_both_ways() -> None:
     four = ("save", "resume", "to cpu", "back")
     assert [(r.case, r.what) for r in rows] == [(section, "mac bf16") for section in four]
     assert all("nothing to compare with" in r.figures for r in rows[1:])
+
+
+def test_what_has_no_deterministic_algorithm_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that give other numbers each time, by an operation that has only one way to do so."""
+    drawn = itertools.count()
+
+    def train(step: Any, config: Any, first: int, last: int) -> dict[str, list[float]]:
+        torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
+        return {"losses": [4.0 + next(drawn)] * saves.STRIDE, "norms": [1.0] * saves.STRIDE}
+
+    monkeypatch.setattr(saves, "train", train)
+    monkeypatch.setattr(saves, "_kept", lambda *_: (None, lambda number: f"{next(drawn)}"))
+    task = replace(TRY, section="save", folder=str(tmp_path))
+    (tmp_path / "mac-bf16").mkdir()
+    try:
+        saved = {**saves.save(task, "mac bf16"), "took_s": 1.0}
+    finally:
+        torch.use_deterministic_algorithms(False)
+    measured = fine()
+    measured["save"]["mac bf16"] = saved
+    (row,) = (r for r in judge(measured) if (r.case, r.what) == ("repeat", "mac bf16"))
+    assert row.verdict == "failed"
+    assert "with deterministic algorithms too (there are none for put_)" in row.figures
+    assert saves._saved_on_device(task, "mac bf16") == "first"
 
 
 def test_speed_and_memory_stand_beside_the_baseline() -> None:

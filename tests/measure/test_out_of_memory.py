@@ -195,6 +195,8 @@ def test_two_ranks_share_the_optimizer_state() -> None:
         (torch.OutOfMemoryError("CUDA out of memory."), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to alloc"), True),
         (RuntimeError("CUDA error: out of memory"), True),
+        (torch.distributed.DistBackendError("Last error:\nCuda failure 2 'out of memory'"), True),
+        (torch.distributed.DistBackendError("Cuda failure 217 'peer access is not s"), False),
         (RuntimeError("std::bad_alloc"), True),
         (OSError(12, "Cannot allocate memory"), True),
         (OSError(28, "No space left on device"), False),
@@ -301,7 +303,12 @@ def test_remedies_are_those_that_apply_with_their_bytes(monkeypatch: pytest.Monk
         assert "train.micro_batch=2 (now 4): activations about 2.00 GiB -> 1.00 GiB" in told[0][0]
     # Reserved in pieces: costs nothing, comes first.
     found.held["reserved, not in use"] = 2 * GIB
-    assert names(remedies(config, found))[0] == "PYTORCH_CUDA_ALLOC_CONF"
+    for said, first in (
+        ("max_split_size_mb:512", "PYTORCH_ALLOC_CONF"),
+        ("expandable_segments:True", "train.precision"),  # that is so already
+    ):
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", said)
+        assert names(remedies(config, found))[0] == first
 
 
 def test_figures_of_a_cuda_device_are_those_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:

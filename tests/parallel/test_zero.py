@@ -87,6 +87,35 @@ def test_bf16_is_the_same_in_every_stage(zero: dict[str, Any]) -> None:
         assert (got[name] - weight).norm() <= 1e-4 * moved, name
 
 
+def fused_steps(*args: Any) -> tuple[Any, int]:
+    """`run_steps` with the update that a GPU has; and how often its kernel ran."""
+    from titans_pretrain.parallel import zero
+
+    kernel, calls = torch._fused_adamw_, []
+
+    def counted(*args: Any, **options: Any) -> None:
+        calls.append(args)
+        kernel(*args, **options)
+
+    zero.fuses = lambda model, of: True
+    torch._fused_adamw_ = counted
+    return run_steps(*args), len(calls)
+
+
+def test_the_fused_update_goes_on_from_a_loaded_state() -> None:
+    config = parity_config("lmm", {}, **WELL_CONDITIONED)
+    plain = PlainRun(config)
+    plain.step(1), plain.step(2)
+    begin, reference = plain.weights(), {3: (plain.weights(), plain.moments())}
+    plain.step(3), plain.step(4)
+    ((result, calls),) = run_world(fused_steps, 1, config, reference, [3, 4])
+    assert calls > 0
+    got = assemble([result[1]], begin)
+    for name, weight in plain.weights().items():
+        moved = (weight - begin[name]).norm()
+        assert (got[name] - weight).norm() <= 1e-3 * moved, name
+
+
 def poisoned(config: RunConfig) -> tuple[str, bool, list[int]]:
     """A gradient that is not finite on the last rank, in step 2: the message, whether weights and
     moments are what they were, the rank's samples."""

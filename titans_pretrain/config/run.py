@@ -56,6 +56,9 @@ class TrainConfig(Section):
     # Times (log sum exp logits)^2, added to each label's loss in training (e.g. 1e-4).
     z_loss: Annotated[float, Field(ge=0)] = 0.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    # On CUDA: only algorithms that give the same bits each time, as a CPU's do; what has none ends
+    # the run. Without it a resumed run is not bitwise the uninterrupted one: attention's backward.
+    deterministic: bool = True
     threads: NonNegative = 0  # CPU threads of a rank; 0: cores divided by ranks on this machine
 
     def rows(self, step: int) -> int:

@@ -29,6 +29,8 @@ _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _OUTGOING = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _POLL = 0.02  # seconds
 _CAUSE = 3.0  # seconds in which a rank that lost another may be followed by the one it lost
+# How a rank ends that lost another: by itself, or by NCCL's watchdog.
+_CONSEQUENCES = (EXIT_NODE, -signal.SIGABRT)
 _TAIL = 30  # lines of a failed rank that the console shows
 _PR_SET_PDEATHSIG = 1
 
@@ -167,9 +169,10 @@ def _first_failure(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
         if bad:
             # A killed rank is the cause, and one that only lost a peer the consequence: the peer
             # closes its connections before it is gone itself.
-            cause = min(bad, key=lambda r: ((codes[r] or 0) > 0, codes[r] == EXIT_NODE, r))
+            cause = min(bad, key=lambda r: (codes[r] in _CONSEQUENCES, (codes[r] or 0) > 0, r))
             patience = min(patience, time.monotonic() + _CAUSE)
-            if codes[cause] != EXIT_NODE or None not in codes or time.monotonic() > patience:
+            found = codes[cause] not in _CONSEQUENCES
+            if found or None not in codes or time.monotonic() > patience:
                 return cause
         if None not in codes:
             return None

@@ -5,7 +5,6 @@ A job script sets TITANS_RUN and TITANS_JOB (run/marks.py); without them all of 
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 import re
@@ -15,12 +14,11 @@ from pathlib import Path
 from types import TracebackType
 
 from titans_pretrain.errors import (
-    EXIT_NODE,
-    EXIT_OTHER,
     ConfigError,
     LostPeerError,
     NodeError,
     TitansError,
+    exit_code_of,
     this_node,
 )
 from titans_pretrain.run import marks, signals
@@ -48,14 +46,9 @@ class SlurmTask:
         trace: TracebackType | None,
     ) -> None:
         if isinstance(error, Exception) and not isinstance(error, LostPeerError):
-            code = EXIT_OTHER
-            if isinstance(error, TitansError):
-                code = error.exit_code
-            elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                code = EXIT_NODE
             what = error.value if isinstance(error, TitansError) else str(error)
             bad = error.node if isinstance(error, NodeError) else ""
-            marks.failed(code, type(error).__name__, what, bad)
+            marks.failed(exit_code_of(error), type(error).__name__, what, bad)
 
 
 def _begin(mine: marks.Marks) -> None:

@@ -31,7 +31,17 @@ _BROKEN = (
     "no CUDA-capable device is detected",
     "system not yet initialized",  # the fabric manager of NVSwitch
 )
-_GONE = ("closed by peer", "reset by peer", "refused", "imed out")
+# What gloo, NCCL and the store say of a peer that is gone. What else NCCL fails with (a GPU taken
+# twice, no room in /dev/shm, no such interface) is not another rank's end.
+_GONE = (
+    "closed by peer",
+    "closed by remote peer",
+    "reset by peer",
+    "refused",
+    "imed out",
+    "Broken pipe",
+    "remote process exit",  # ncclRemoteError, in torch's words and in NCCL's own
+)
 
 
 class Failing:
@@ -73,6 +83,9 @@ class Failing:
                 raise self._broken(error) from error
             if isinstance(error, RuntimeError) and _peer_gone(error):
                 raise self._lost(error) from error
+            if isinstance(error, Exception):
+                # Now, not as the process ends: it may be ended before, waiting for other ranks.
+                logger.error("this rank failed", exc_info=error)
         finally:
             if self._peers is not None:
                 self._peers.close()
@@ -119,4 +132,7 @@ def broken_device(error: RuntimeError) -> bool:
 
 
 def _peer_gone(error: RuntimeError) -> bool:
-    return isinstance(error, torch.distributed.DistError) or any(w in str(error) for w in _GONE)
+    store = isinstance(error, torch.distributed.DistError) and not isinstance(
+        error, torch.distributed.DistBackendError
+    )
+    return store or any(words in str(error) for words in _GONE)

@@ -7,6 +7,7 @@ that cost the least speed.
 from __future__ import annotations
 
 import errno
+import os
 import re
 import time
 import traceback
@@ -34,6 +35,7 @@ _WORDS = (  # of errors that torch raises as plain RuntimeErrors
     "Cannot allocate memory",
     "std::bad_alloc",
     "CUDA error: out of memory",
+    "Cuda failure 2 'out of memory'",  # NCCL's
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
@@ -210,9 +212,12 @@ def _remedies(
     working = any(name in ("forward", "backward") for name in stack)
     training = "validation" not in stack
     unused = found.held.get("reserved, not in use", 0)
-    if found.asked is not None and unused > found.asked:
+    # `train` sets it; not where the environment says something else.
+    set_by_user = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")  # its former name
+    expands = "expandable_segments:True" in os.environ.get("PYTORCH_ALLOC_CONF", set_by_user)
+    if found.asked is not None and unused > found.asked and not expands:
         yield (
-            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the environment: "
+            "PYTORCH_ALLOC_CONF=expandable_segments:True in the environment: "
             f"{size(unused)} are reserved in pieces that do not fit; costs no speed",
             unused,
         )

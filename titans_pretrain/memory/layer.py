@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from titans_pretrain.memory.chunked import chunked_memory
 from titans_pretrain.memory.observe import observed, record
+from titans_pretrain.memory.onto import onto
 from titans_pretrain.memory.packing import PackingPlan, plan_rows
 from titans_pretrain.memory.rules import MemorySpec
 from titans_pretrain.memory.sizes import TAIL, WIDTH
@@ -59,7 +60,7 @@ class ConvPlan:
         fresh = bool((positions[:, 0] == 0).all() and (near <= (positions == column)).all())
         visible = None
         if not fresh and near.any():
-            visible = tuple((positions[..., None] >= j).to(device) for j in range(1, WIDTH))
+            visible = tuple(onto(positions[..., None] >= j, device) for j in range(1, WIDTH))
         # In a row without real tokens both point at the carried rows themselves.
         lead = column.where(real, T).amin(1) % T
         end = (column + 1).where(real, 0).amax(1)
@@ -67,8 +68,8 @@ class ConvPlan:
         return ConvPlan(
             fresh=fresh,
             visible=visible,
-            first=(lead[:, None] + rows).to(device) if lead.any() else None,
-            last=(end[:, None] + rows).to(device) if (end < T).any() else None,
+            first=onto(lead[:, None] + rows, device) if lead.any() else None,
+            last=onto(end[:, None] + rows, device) if (end < T).any() else None,
         )
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from titans_pretrain.memory.onto import onto
 from titans_pretrain.memory.sizes import runs
 from titans_pretrain.memory.state import check_positions
 
@@ -136,7 +137,7 @@ def plan_documents(
     def pairs(chosen: Tensor) -> Pairs | None:
         if not bool(chosen.any()):
             return None
-        return rank[chosen].to(device), row[head][chosen].to(device)
+        return onto(rank[chosen], device), onto(row[head][chosen], device)
 
     lengths = set(chunks[tail].tolist())
     by_step = [chunks == j + 1 if j + 1 in lengths else None for j in range(steps)]
@@ -147,19 +148,19 @@ def plan_documents(
         chunk=chunk,
         sizes=tuple(sizes),
         offsets=tuple(offsets),
-        row=source[0].to(device),
-        column=source[1].to(device),
-        used=None if full else used.to(device),
-        last=None if full else (used.sum(1) - 1).to(device),
-        chunk_of=chunk_of.to(device),
-        slot_of=slot_of.to(device),
-        real=None if bool(real.all()) else real.to(device),
+        row=onto(source[0], device),
+        column=onto(source[1], device),
+        used=None if full else onto(used, device),
+        last=None if full else onto(used.sum(1) - 1, device),
+        chunk_of=onto(chunk_of, device),
+        slot_of=onto(slot_of, device),
+        real=None if bool(real.all()) else onto(real, device),
         resumed=pairs(resumed),
         inside=pairs(inside),
-        fresh=rank[~resumed].to(device),
+        fresh=onto(rank[~resumed], device),
         ends=tuple(None if of is None else pairs(tail & of) for of in by_step),
         open_ends=tuple(None if of is None else pairs(unfinished & of) for of in by_step),
-        empty=empty.to(device) if len(empty) else None,
+        empty=onto(empty, device) if len(empty) else None,
     )
 
 

@@ -337,8 +337,7 @@ def _close(
 ) -> _Closed:
     rows = step.closing
     if query is not None:
-        last = step.positions.to(query.device)[rows].argmax(1)[:, None, None, None]
-        query = query[rows].take_along_dim(last, dim=2)
+        query = query[rows].take_along_dim(step.last[:, None, None, None], dim=2)
     return _Closed(
         memory=memory.rows(rows),
         tails=tuple(t[rows] for t in tails),

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titans_pretrain.memory.layer import ConvPlan
+from titans_pretrain.memory.onto import onto
 from titans_pretrain.memory.packing import PackingPlan, plan_documents
 from titans_pretrain.model.blocks import Rotation, rotation
 
@@ -56,7 +57,7 @@ def attention_plan(
     one_document = not start[:, 1:].any() and not (real[:, 1:] & ~real[:, :-1]).any()
     # Pads at a row's end need no mask: no real token comes after them.
     if S != T or not one_document or (window is not None and window < T):
-        document, known, at = (x.to(device) for x in (start.cumsum(1), real, everything))
+        document, known, at = (onto(x, device) for x in (start.cumsum(1), real, everything))
         column = torch.arange(S, device=device)
         query = column[S - T :, None]
         mask = (document[:, S - T :, None] == document[:, None, :]) & known[:, None, :]
@@ -70,7 +71,7 @@ def attention_plan(
     if mask is not None:
         mask = unseen(F.pad(mask, (prefix, 0), value=True), dtype)
     return AttentionPlan(
-        rotation=rotation(positions.to(device), head_width, rope_base, dtype),
+        rotation=rotation(onto(positions, device), head_width, rope_base, dtype),
         mask=mask,
         positions=everything[:, keep:],
         keep=keep,
@@ -117,6 +118,7 @@ class SegmentStep:
     # [1, 1, w, persistent + retrieved[1] + end], `unseen`: persistent | retrieved | segment
     mask: Tensor
     closing: Tensor  # [c] which of the n documents end here and are their row's last
+    last: Tensor  # [c] the slot of their last token
 
 
 @dataclass(frozen=True)
@@ -214,8 +216,9 @@ def segment_plan(
                 positions=here,
                 conv=ConvPlan.of(here, device),
                 memory=plan_documents(here, chunk, device),
-                mask=unseen((sees <= slot[:, None])[None, None].to(device), dtype),
-                closing=ends.to(device),
+                mask=unseen(onto((sees <= slot[:, None])[None, None], device), dtype),
+                closing=onto(ends, device),
+                last=onto(here[ends].argmax(1), device),
             )
         )
     all_slots = torch.cat(slots) if slots else torch.zeros(0, dtype=torch.long)
@@ -232,16 +235,16 @@ def segment_plan(
     in_segment = positions.clamp(min=0) % segment
     return SegmentPlan(
         rows=ConvPlan.of(rows, device),
-        rotation=rotation(in_segment.to(device), head_width, rope_base, dtype),
-        retrieved_rotation=rotation(last_query.to(device), head_width, rope_base, dtype),
-        slots=all_slots.to(device),
-        tokens=tokens.to(device),
+        rotation=rotation(onto(in_segment, device), head_width, rope_base, dtype),
+        retrieved_rotation=rotation(onto(last_query, device), head_width, rope_base, dtype),
+        slots=onto(all_slots, device),
+        tokens=onto(tokens, device),
         steps=tuple(steps),
-        document_rows=row.to(device),
-        fresh=(at == 0)[:, None, None, None].to(device),
-        skipped=skipped[:, None, None, None].to(device),
-        closed=closed.to(device),
-        empty=empty.to(device) if empty.any() else None,
+        document_rows=onto(row, device),
+        fresh=onto((at == 0)[:, None, None, None], device),
+        skipped=onto(skipped[:, None, None, None], device),
+        closed=onto(closed, device),
+        empty=onto(empty, device) if empty.any() else None,
     )
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from titans_pretrain.data.batch import Batch
+from titans_pretrain.memory.onto import onto
 from titans_pretrain.parallel import compat
 from titans_pretrain.parallel.layout import Layout
 from titans_pretrain.parallel.megatron import (
@@ -88,6 +89,9 @@ class Stage(nn.Module):
             # issues 750 and 1450).
             batch_p2p_comm=not interleaved,
             overlap_p2p_comm=interleaved,
+            # Megatron: "to work around a bug in older version of PyTorch". The received tensor is
+            # waited for on the stream in any case.
+            batch_p2p_sync=False,
             params_dtype=dtype,
             pipeline_dtype=dtype,
             bf16=dtype == torch.bfloat16,
@@ -102,7 +106,7 @@ class Stage(nn.Module):
         """Of the last piece the cross entropy of each label [1, B, T], fp32; in training, with a
         penalty, that too. Of the others hidden states [T, B, D], as Megatron sends them."""
         if self.first:
-            x = batch.tokens.to(device)
+            x = onto(batch.tokens, device)
         else:
             assert self.input is not None
             x = self.input.transpose(0, 1)
@@ -110,7 +114,7 @@ class Stage(nn.Module):
         x, _ = self.run(x, batch.positions, carry=False)
         if not self.last:
             return x.transpose(0, 1).contiguous()
-        terms = [self.token_loss(x, batch.labels.to(device))]
+        terms = [self.token_loss(x, onto(batch.labels, device))]
         if self.penalty is not None and torch.is_grad_enabled():
             terms.append(self.penalty[1](x))
         return torch.stack(terms)
@@ -168,7 +172,7 @@ class Schedule:
 
             def loss(terms: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
                 with phase("forward"):
-                    mask = batch.loss_mask.to(self.device)
+                    mask = onto(batch.loss_mask, self.device)
                     # Select, never multiply: a pad's loss may be anything, even not finite.
                     counted = torch.where(mask, terms, torch.zeros_like(terms))
                     losses.append((counted.detach(), batch))

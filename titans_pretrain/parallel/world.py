@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import logging
 import math
 import os
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -14,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from titans_pretrain.config import ParallelConfig, TrainConfig
-from titans_pretrain.errors import ConfigError, TitansError
+from titans_pretrain.errors import ConfigError, TitansError, exit_code_of
 from titans_pretrain.parallel.layout import Layout, Place
 from titans_pretrain.parallel.megatron import parallel_state
 from titans_pretrain.parallel.rendezvous import launched, meet, told_to_all
@@ -50,6 +54,13 @@ class World:
     @property
     def host(self) -> str:
         return socket.gethostname()
+
+    @property
+    def device_kind(self) -> str:
+        """What this rank computes on: on another kind sums come in another order."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"CPU with {torch.backends.cpu.get_cpu_capability()}"
 
     def sum(self, values: list[float]) -> list[float]:
         """Sums a few numbers over all ranks, in float64."""
@@ -115,16 +126,36 @@ class World:
         dist.barrier(group=self.group)
 
     def shut_down(self) -> None:
+        """Leaves the other ranks. On CUDA with an error in hand, as the process ends: NCCL would
+        wait, here and in its own end, for what others no longer send, and they may be stuck."""
+        error = sys.exc_info()[1]
+        if error is not None and self.device.type == "cuda":
+            atexit.register(_end, exit_code_of(error))
+            return
         parallel_state.destroy_model_parallel()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
+def _end(code: int) -> None:
+    """As Python's own end would be, without that of the libraries."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody listens, or it is closed
+            stream.flush()
+    os._exit(code)
+
+
 def choose_device(asked: str, local_rank: int) -> torch.device:
-    """cpu or cuda:local_rank. Raises ConfigError if CUDA is asked for where there is none."""
-    if asked == "cpu":
-        return torch.device("cpu")
+    """cpu or cuda:local_rank. Raises ConfigError if CUDA is asked for where there is none, or the
+    CPU where the engines, which look for themselves, would take CUDA."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "cpu" and count > 0:
+        raise ConfigError(
+            f"train.device=cpu: torch sees {count} CUDA devices",
+            "what runs on the CPU sees no GPU: Megatron-core and DeepSpeed would take it",
+            "set CUDA_VISIBLE_DEVICES= (nothing) in the environment, as `train` does by itself",
+        )
     if count == 0:
         if asked == "cuda":
             raise ConfigError(
@@ -159,13 +190,15 @@ def start_world(
     layout: Layout | None = None,
     timeout_s: float = 1800,
     said: str = "",
+    watched: bool = False,
 ) -> World:
     """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT describe.
 
     Without WORLD_SIZE this process is a world of one. gloo on a CPU, NCCL on CUDA (with gloo for
     CPU tensors); Megatron's groups of `layout` on top (default: data parallel alone). Raises
     ConfigError where they say too little, and on every rank where one has no device, or ranks
-    differ in what was `said` to them: the run's config and options.
+    differ in what was `said` to them: the run's config and options. `watched`: something else ends
+    a rank that hangs, wherever it does.
     """
     env = os.environ
     here = launched()
@@ -176,10 +209,7 @@ def start_world(
     threads = train.threads or max(1, len(os.sched_getaffinity(0)) // here.local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    else:
-        env.setdefault("DS_ACCELERATOR", "cpu")
+        prepare_cuda(train.deterministic, watched)
     torch.set_num_threads(threads)
     if env.get("MASTER_ADDR") in ("127.0.0.1", "localhost"):
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
@@ -203,3 +233,20 @@ def start_world(
         distributed_timeout_minutes=math.ceil(timeout_s / 60),
     )
     return World(rank, size, local_rank, here.local_size, device, threads, layout, timeout_s)
+
+
+def prepare_cuda(deterministic: bool, watched: bool) -> None:
+    """Before the process group is made, whose NCCL reads these. What the user has set stays."""
+    env = os.environ
+    env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if deterministic:
+        # Not `warn_only`: with it, attention's backward keeps to the algorithm that is not. The
+        # public call does the same, and imports a part of torch's compiler: a second.
+        torch._C._set_deterministic_algorithms(True, warn_only=False)
+        torch._C._set_deterministic_fill_uninitialized_memory(False)  # nothing here reads it
+        env.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")  # sums in the switch, in any order
+    if watched:
+        # NCCL's watchdog aborts the process at an error, before the error is told where it was met.
+        # Left to `watched`: without one it is what ends a collective that never ends.
+        env.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        env.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")

@@ -74,6 +74,11 @@ class MegatronUnit:
         return torch.distributed.get_process_group_ranks(self.get_data_parallel_group())
 
 
+def fuses(model: nn.Module, zero: ZeroConfig) -> bool:
+    """Whether AdamW updates in one kernel: where its moments are on a GPU."""
+    return next(model.parameters()).device.type == "cuda" and not zero.offload
+
+
 class ZeroOptimizer:
     """ZeRO over the model that this rank holds: reduce, clip, step; and every owned piece by its
     unsharded name.
@@ -130,6 +135,7 @@ class ZeroOptimizer:
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**12,
+            "timers": {"throughput": {"enabled": False}},  # it waits for the device in each step
         }
         if self._bf16:
             config["bf16"] = {"enabled": True}
@@ -137,7 +143,11 @@ class ZeroOptimizer:
             config["communication_data_type"] = zero.reduce
             if zero.stage == 1:
                 config["bf16"]["immediate_grad_update"] = True
-        self.adamw = torch.optim.AdamW(groups, lr=groups[0]["lr"], betas=betas, eps=eps)
+        # On a GPU one kernel a group, without copies of its moments; on a CPU as torch chooses.
+        fused = fuses(model, zero)
+        self.adamw = torch.optim.AdamW(
+            groups, lr=groups[0]["lr"], betas=betas, eps=eps, fused=fused or None
+        )
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
             self.engine, *_ = deepspeed.initialize(
                 model=model,
@@ -154,7 +164,8 @@ class ZeroOptimizer:
             else [flat for g in self.adamw.param_groups for flat in g["params"]]
         )
         for flat in self._flats:
-            self.adamw.state[flat] = {"step": torch.tensor(0.0)} | {
+            where = flat.device if fused else "cpu"  # as AdamW would make it
+            self.adamw.state[flat] = {"step": torch.tensor(0.0, device=where)} | {
                 moment: torch.zeros_like(flat) for moment in MOMENTS
             }
         if zero.stage < 3:

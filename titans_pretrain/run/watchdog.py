@@ -67,6 +67,7 @@ class Watchdog:
         self._limits, self._folder, self._end = config.watchdog, Path(config.folder), end
         limits = [getattr(self._limits, name) * 60 for name in _MINUTES]
         silent = self._limits.silent_seconds
+        self.everywhere = all(limits)  # no phase may take for ever
         self.timeout_s = max(1800.0, *(limit + 300 for limit in limits))  # collectives': later
         shortest = min((x for x in (*limits, silent) if x), default=0.0)
         self._tick, self._every = min(TICK, shortest / 10), min(BEAT, (silent or BEAT) / 8)
