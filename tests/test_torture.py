@@ -57,3 +57,23 @@ def test_a_rank_that_lives_on_or_ends_well_is_seen(
     with pytest.raises(AssertionError, match=complaint):
         kill(life, "training", "rank 0", random.Random(0))
     assert life.alive() == []
+
+
+def test_a_save_that_the_kill_left_unfinished_is_told_of_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torture, "come_to", lambda *_: True)
+    env = {**os.environ, torture.MARK: str(tmp_path)}
+    for moment, left in (("saving", False), ("saving", True), ("starting", True)):
+        if left:
+            (tmp_path / "checkpoints" / ".writing-8").mkdir(parents=True, exist_ok=True)
+        life = Life(
+            tmp_path, False, str(tmp_path), 0, 0, [subprocess.Popen(["sleep", "60"], env=env)]
+        )
+        told = kill(life, moment, "rank 0", random.Random(0))
+        assert told is not None and "exit codes [-9]" in told
+        assert (torture.UNFINISHED in told) == (left and moment == "saving")
+    for kills in (3, 5):  # from one call of the command to the next
+        count = torture.Count(torture.parse(None, "x", 50, ["--folder", str(tmp_path)]))
+        count.add(kills, {torture.UNFINISHED: 2})
+    assert (count.kills, count.runs, count.of_them) == (8, 2, {torture.UNFINISHED: 4})

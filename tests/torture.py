@@ -5,9 +5,11 @@ where the undisturbed one ends.
     make torture                              # 50 kills; stopped, it goes on counting
     python -m tests.torture --kills 200       # 150 more
 
-A run is killed up to five times and then finished. Half of the runs are started by the launcher,
-which ends the other rank; in the others nobody looks, and a rank must notice by itself. What is
-drawn depends on the number of the run alone: a failure is repeated by `--only NUMBER`.
+A run is killed up to five times and then finished. The runs take the layouts in turn: two ranks of
+data, tensor, pipeline and context parallelism. Half of the lives are started by the launcher, which
+ends the other rank; in the others nobody looks, and a rank must notice by itself. What is drawn
+depends on the number of the run alone: a failure is repeated by `--only NUMBER`. Of the kills while
+it saves those are counted, too, that left the save unfinished.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,13 +45,16 @@ BOUND = 60.0  # seconds until no process is left
 LONGEST = 240.0  # seconds for a life that nobody kills
 STEPS = 40
 KILLS = 5  # of a run
+LAYOUTS = ("data", "tensor", "pipeline", "context")  # of run 0, 1, 2, 3, 4 again, ...
+UNFINISHED = "a save left unfinished"
 MARK = "TITANS_TORTURE"  # in the environment of a run's processes
 
 
-def tree(folder: Path, data: Path) -> dict[str, Any]:
+def tree(folder: Path, data: Path, layout: str = "data") -> dict[str, Any]:
     return small_run(
         folder,
         data,
+        parallel={} if layout == "data" else {layout: 2},
         train__steps=STEPS,
         checkpoint__every_steps=4,
         validation__every=20,
@@ -201,7 +207,10 @@ def kill(life: Life, moment: str, who: str, draw: random.Random) -> str | None:
         codes = [p.wait(10) for p in life.processes]
         assert 0 not in codes, f"exit codes {codes}"
         how = "launched" if life.launched else "alone"
-        return f"{who} ({how}), {moment}: all gone in {seconds:.1f} s, exit codes {codes}"
+        told = f"{who} ({how}), {moment}: all gone in {seconds:.1f} s, exit codes {codes}"
+        if moment == "saving" and list((life.folder / "checkpoints").glob(".writing-*")):
+            told += f", {UNFINISHED}"
+        return told
     finally:
         life.end()
 
@@ -277,12 +286,15 @@ class Count:
         self._path, self._wanted = args.folder / "count.json", args.kills
         kept = not args.again and self._path.exists()
         state = json.loads(self._path.read_text()) if kept else {"kills": 0, "runs": 0}
-        self.kills, self.runs = state["kills"], state["runs"]
+        self.kills, self.runs = state.pop("kills"), state.pop("runs")
+        self.of_them = Counter(state)  # kinds of kills
         self._before, self._began = self.kills, time.monotonic()
 
-    def add(self, kills: int) -> None:
+    def add(self, kills: int, of_them: Mapping[str, int] = {}) -> None:
         self.kills, self.runs = self.kills + kills, self.runs + 1
-        self._path.write_text(json.dumps({"kills": self.kills, "runs": self.runs}))
+        self.of_them.update(of_them)
+        state = {"kills": self.kills, "runs": self.runs, **self.of_them}
+        self._path.write_text(json.dumps(state))
 
     @property
     def enough(self) -> bool:
@@ -313,28 +325,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{count.kills} kills done; --kills MORE, or --again")
         return 0
     data = args.folder / "data"
-    expected = undisturbed(tree(args.folder / "whole", data), data)
+    expected: dict[str, Any] = {}
     while not count.enough or args.only is not None:
         number = count.runs if args.only is None else args.only
-        config = tree(args.folder / f"run-{number:04d}", data)
+        layout = LAYOUTS[number % len(LAYOUTS)]
+        if layout not in expected:
+            whole = tree(args.folder / f"whole-{layout}", data, layout)
+            expected[layout] = undisturbed(whole, data)
+        config = tree(args.folder / f"run-{number:04d}", data, layout)
         shutil.rmtree(config["folder"], ignore_errors=True)
-        done = 0
+        said: list[str] = []
 
-        def tell(what: str) -> None:
-            nonlocal done
-            done += 1
-            print(f"{count.told(done)}: {what}", flush=True)
+        def tell(what: str, said: list[str] = said) -> None:
+            said.append(what)
+            print(f"{count.told(len(said))}: {what}", flush=True)
 
         try:
-            kills = torture(config, number, expected, tell)
+            kills = torture(config, number, expected[layout], tell)
         except AssertionError as e:
-            print(f"run {number} failed, its folder stays: {e}", file=sys.stderr)
+            print(f"run {number} ({layout}) failed, its folder stays: {e}", file=sys.stderr)
             return 1
-        print(f"run {number} went on {kills} times and is the undisturbed one, bitwise", flush=True)
+        went = f"went on {kills} times and is the undisturbed one, bitwise"
+        print(f"run {number} ({layout}) {went}", flush=True)
         shutil.rmtree(config["folder"])
         if args.only is not None:
             return 0
-        count.add(kills)
+        saving, unfinished = (sum(w in what for what in said) for w in (", saving:", UNFINISHED))
+        count.add(kills, {layout: kills, "while saving": saving, UNFINISHED: unfinished})
+        of_them = ", ".join(f"{n} {kind}" for kind, n in count.of_them.items())
+        print(f"{count.kills} kills so far, of them {of_them}", flush=True)
     return 0
 
 
