@@ -28,6 +28,7 @@ from titans_pretrain.phases import phase
 with without_compiler():
     import deepspeed
     import deepspeed.runtime.zero.muon.muon_optimizer  # initialize() would
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.utils import logger as deepspeed_logger
     from deepspeed.utils import set_z3_leaf_module
 
@@ -221,9 +222,8 @@ class ZeroOptimizer:
         """
         optimizer = self.engine.optimizer
         if self.stage < 2:
-            for _, gradient in self.local_gradients():
+            for _, gradient in self.local_gradients()[:1]:
                 gradient.fill_(math.inf)
-                break
             norm = self._step()
         else:
             name, none = NO_NORM[self.stage]
@@ -237,19 +237,34 @@ class ZeroOptimizer:
 
     def _step(self) -> float:
         self._phase = phase("reduce")
+        if self.stage == 1 and not self.local_gradients():  # another optimizer of DeepSpeed's?
+            raise RuntimeError(f"no parameter has a gradient in {self._accumulator}")
         with self._phase:
             self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        norm = float(self.engine.get_global_grad_norm())
+        if not math.isfinite(norm):
+            # Offloaded, DeepSpeed keeps a dropped step's reduced bf16 gradients and would add to
+            # them.
+            sums = getattr(self.engine.optimizer, "averaged_gradients", {})
+            sums.update(dict.fromkeys(sums))
+        return norm
 
-    def local_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """This rank's accumulated gradients by their paths, before reduction. Stages 2 and 3 keep
-        none: they reduce in each backward."""
+    @property
+    def _accumulator(self) -> str:
+        """Stage 1: the attribute of a parameter that holds its accumulated gradient."""
+        optimizer = self.engine.optimizer
+        if isinstance(optimizer, BF16_Optimizer):  # not where the optimizer's state is offloaded
+            return "_hp_grad"
+        return "grad_accum" if optimizer.use_grad_accum_attribute else "grad"
+
+    def local_gradients(self) -> list[tuple[str, torch.Tensor]]:
+        """This rank's accumulated fp32 gradients by their paths, before reduction. Stages 2 and 3
+        keep none: they reduce in each backward."""
         if self.stage > 1:
-            return
-        for name, parameter in self._parameters.items():
-            gradient = getattr(parameter, "_hp_grad", None) if self._bf16 else parameter.grad
-            if gradient is not None:
-                yield name, gradient.view(parameter.shape)
+            return []
+        name, parameters = self._accumulator, self._parameters.items()
+        found = ((path, p, getattr(p, name)) for path, p in parameters)
+        return [(path, g.view(p.shape)) for path, p, g in found if g is not None]
 
     def gradient_buffers(self) -> list[torch.Tensor]:
         """What gradients are accumulated in, over a step's backwards."""
