@@ -29,6 +29,7 @@ with without_compiler():
     import deepspeed
     import deepspeed.runtime.zero.muon.muon_optimizer  # initialize() would
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.utils import groups as deepspeed_groups
     from deepspeed.utils import logger as deepspeed_logger
     from deepspeed.utils import set_z3_leaf_module
 
@@ -73,6 +74,19 @@ class MegatronUnit:
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         return torch.distributed.get_process_group_ranks(self.get_data_parallel_group())
+
+
+def copy_among_data_parallel(ranks: int) -> None:
+    """Collective. Has stage 3's copies divided among so many neighbours in a data-parallel group.
+
+    DeepSpeed would take neighbours in the world, and with tensor parallelism put parts of different
+    tensors together; a group that is already there it leaves.
+    """
+    members, mine = MegatronUnit().get_data_parallel_group_ranks(), torch.distributed.get_rank()
+    first = members.index(mine) // ranks * ranks
+    deepspeed_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = torch.distributed.new_group(
+        members[first : first + ranks], use_local_synchronization=True
+    )
 
 
 class ZeroOptimizer:
@@ -138,6 +152,8 @@ class ZeroOptimizer:
             config["communication_data_type"] = zero.reduce
             if zero.stage == 1:
                 config["bf16"]["immediate_grad_update"] = True
+        if zero.copy_within > 1:
+            copy_among_data_parallel(zero.copy_within)
         self.adamw = torch.optim.AdamW(groups, lr=groups[0]["lr"], betas=betas, eps=eps)
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
             self.engine, *_ = deepspeed.initialize(
