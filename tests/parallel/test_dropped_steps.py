@@ -68,6 +68,7 @@ CASES = [
     *((name, "fp32") for name in ("DP2 Z1", "DP2 Z2", "DP2 Z3", "DP2 Z3, all divided", "CP2")),
     *((name, "bf16") for name in ("DP2 Z1", "DP2 Z2", "DP2 Z3, all divided")),
     *((name, "fp32") for name in ("DP2 Z1 offloaded", "DP2 Z2 offloaded", "DP2 Z3 offloaded")),
+    *((name, "bf16") for name in ("DP2 Z1 offloaded", "DP2 Z2 offloaded", "DP2 Z3 offloaded")),
     *((name, "fp32") for name in ("DP2 Z2 overlapped", "PP2 x 2", "TP2 PP2+SP", "CP2 PP2")),
 ]
 

@@ -83,8 +83,8 @@ class ZeroConfig(Section):
     # In which a bf16 run's gradients are summed over ranks; bf16 sends half the bytes, rounded.
     reduce: Literal["fp32", "bf16"] = "fp32"
     overlap: bool = False  # reduce while the backward goes on; stages 2 and 3
-    # Neighbouring ranks that hold a whole copy of the parameters between them, e.g. those of a
-    # node; stage 3 (hpZ of ZeRO++, arXiv 2306.10209). 1: all ranks share one.
+    # Data-parallel neighbours that hold a whole copy of the parameters between them, e.g. those of
+    # a node; stage 3 (hpZ of ZeRO++, arXiv 2306.10209). 1: all ranks share one.
     copy_within: Positive = 1
     # Parameters of fewer elements than this every rank keeps whole; stage 3 (one collective each).
     whole_below: NonNegative = 100_000

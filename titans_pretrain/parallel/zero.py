@@ -28,6 +28,8 @@ from titans_pretrain.phases import phase
 with without_compiler():
     import deepspeed
     import deepspeed.runtime.zero.muon.muon_optimizer  # initialize() would
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.utils import groups as deepspeed_groups
     from deepspeed.utils import logger as deepspeed_logger
     from deepspeed.utils import set_z3_leaf_module
 
@@ -77,6 +79,19 @@ class MegatronUnit:
 def fuses(model: nn.Module, zero: ZeroConfig) -> bool:
     """Whether AdamW updates in one kernel: where its moments are on a GPU."""
     return next(model.parameters()).device.type == "cuda" and not zero.offload
+
+
+def copy_among_data_parallel(ranks: int) -> None:
+    """Collective. Has stage 3's copies divided among so many neighbours in a data-parallel group.
+
+    DeepSpeed would take neighbours in the world, and with tensor parallelism put parts of different
+    tensors together; a group that is already there it leaves.
+    """
+    members, mine = MegatronUnit().get_data_parallel_group_ranks(), torch.distributed.get_rank()
+    first = members.index(mine) // ranks * ranks
+    deepspeed_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = torch.distributed.new_group(
+        members[first : first + ranks], use_local_synchronization=True
+    )
 
 
 class ZeroOptimizer:
@@ -143,6 +158,8 @@ class ZeroOptimizer:
             config["communication_data_type"] = zero.reduce
             if zero.stage == 1:
                 config["bf16"]["immediate_grad_update"] = True
+        if zero.copy_within > 1:
+            copy_among_data_parallel(zero.copy_within)
         # On a GPU one kernel a group, without copies of its moments; on a CPU as torch chooses.
         fused = fuses(model, zero)
         self.adamw = torch.optim.AdamW(
@@ -232,9 +249,8 @@ class ZeroOptimizer:
         """
         optimizer = self.engine.optimizer
         if self.stage < 2:
-            for _, gradient in self.local_gradients():
+            for _, gradient in self.local_gradients()[:1]:
                 gradient.fill_(math.inf)
-                break
             norm = self._step()
         else:
             name, none = NO_NORM[self.stage]
@@ -248,19 +264,34 @@ class ZeroOptimizer:
 
     def _step(self) -> float:
         self._phase = phase("reduce")
+        if self.stage == 1 and not self.local_gradients():  # another optimizer of DeepSpeed's?
+            raise RuntimeError(f"no parameter has a gradient in {self._accumulator}")
         with self._phase:
             self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        norm = float(self.engine.get_global_grad_norm())
+        if not math.isfinite(norm):
+            # Offloaded, DeepSpeed keeps a dropped step's reduced bf16 gradients and would add to
+            # them.
+            sums = getattr(self.engine.optimizer, "averaged_gradients", {})
+            sums.update(dict.fromkeys(sums))
+        return norm
 
-    def local_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """This rank's accumulated gradients by their paths, before reduction. Stages 2 and 3 keep
-        none: they reduce in each backward."""
+    @property
+    def _accumulator(self) -> str:
+        """Stage 1: the attribute of a parameter that holds its accumulated gradient."""
+        optimizer = self.engine.optimizer
+        if isinstance(optimizer, BF16_Optimizer):  # not where the optimizer's state is offloaded
+            return "_hp_grad"
+        return "grad_accum" if optimizer.use_grad_accum_attribute else "grad"
+
+    def local_gradients(self) -> list[tuple[str, torch.Tensor]]:
+        """This rank's accumulated fp32 gradients by their paths, before reduction. Stages 2 and 3
+        keep none: they reduce in each backward."""
         if self.stage > 1:
-            return
-        for name, parameter in self._parameters.items():
-            gradient = getattr(parameter, "_hp_grad", None) if self._bf16 else parameter.grad
-            if gradient is not None:
-                yield name, gradient.view(parameter.shape)
+            return []
+        name, parameters = self._accumulator, self._parameters.items()
+        found = ((path, p, getattr(p, name)) for path, p in parameters)
+        return [(path, g.view(p.shape)) for path, p, g in found if g is not None]
 
     def gradient_buffers(self) -> list[torch.Tensor]:
         """What gradients are accumulated in, over a step's backwards."""
