@@ -19,6 +19,7 @@ from tests.parallel.through_zero import (
     run_steps,
     start,
 )
+from tests.parallel.tiny import PlainRun
 from tests.worlds import run_world
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import DivergedError
@@ -139,7 +140,7 @@ def test_the_fused_update_goes_on_from_a_loaded_state() -> None:
     plain.step(3), plain.step(4)
     ((result, calls),) = run_world(fused_steps, 1, config, reference, [3, 4])
     assert calls > 0
-    got = assemble([result[1]], begin)
+    got = assemble([result.weights], begin)
     for name, weight in plain.weights().items():
         moved = (weight - begin[name]).norm()
         assert (got[name] - weight).norm() <= 1e-3 * moved, name
