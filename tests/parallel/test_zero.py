@@ -138,7 +138,7 @@ def test_the_fused_update_goes_on_from_a_loaded_state() -> None:
     plain.step(1), plain.step(2)
     begin, reference = plain.weights(), {3: (plain.weights(), plain.moments())}
     plain.step(3), plain.step(4)
-    ((result, calls),) = run_world(fused_steps, 1, config, reference, [3, 4])
+    ((result, calls),) = run_world(fused_steps, 1, config, [3, 4], reference)
     assert calls > 0
     got = assemble([result.weights], begin)
     for name, weight in plain.weights().items():
