@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import math
 import os
 import tempfile
@@ -34,6 +33,7 @@ from titans_pretrain.errors import EXIT_DONE, EXIT_OTHER, ConfigError, OutOfMemo
 from titans_pretrain.feed import open_stream, with_vocabulary
 from titans_pretrain.launch.local import as_ranks
 from titans_pretrain.measure.failing import Failing
+from titans_pretrain.measure.footprint import release
 from titans_pretrain.measure.made import made_batches
 from titans_pretrain.measure.out_of_memory import is_out_of_memory
 from titans_pretrain.measure.step_benchmark import prepared
@@ -120,9 +120,8 @@ def verify(
             taken, mine = go(step, rows, steps, scratch, watchdog)
             apart = world.gather_objects(mine)
         # The plain process may need all of the memory, and long: the others wait, unwatched.
-        del step
+        release(step)
         failing.step = None
-        gc.collect()
         torch.cuda.empty_cache()
         patient = replace(world, timeout_s=PATIENCE).apart()
 
@@ -230,8 +229,9 @@ def go(
             factor = max(1.0, (did.grad_norm + 1e-6) / step.config.optim.clip)  # unclipped again
             for f in gradients:
                 f.tensors["gradient"].mul_(factor)
-    weights = [
-        replace(f, tensors={"weight": f.tensors["weight"]}) for f in step.optimizer.fragments()
+    weights = [  # copies: of what a writer may see
+        replace(f, tensors={"weight": f.tensors["weight"].clone()})
+        for f in step.optimizer.fragments()
     ]
     with phases.phase("checkpoint"):
         dcp.save_tensors(folder / "gradient", gradients, {})

@@ -23,9 +23,11 @@ from tests.worlds import run_world
 from titans_pretrain import cli, step, verify
 from titans_pretrain.config import RunConfig, parse_config
 from titans_pretrain.errors import ConfigError
+from titans_pretrain.measure.footprint import held_bytes
 from titans_pretrain.model.titans import TitansLM
 from titans_pretrain.parallel.layout import plan_layout
 from titans_pretrain.parallel.zero import ZeroOptimizer
+from titans_pretrain.step import TrainStep
 from titans_pretrain.verify_config import verified as as_verified
 from titans_pretrain.verify_plain import Step
 from titans_pretrain.verify_report import (
@@ -42,6 +44,14 @@ from titans_pretrain.verify_report import (
 def on_a_rank(
     config: RunConfig, steps: int, shrink: bool, meddle: Callable[[], None] | None
 ) -> tuple[int, str]:
+    release = verify.release
+
+    def released(step: TrainStep) -> None:
+        assert sum(held_bytes(step).values()) > 0
+        release(step)
+        assert sum(held_bytes(step).values()) == 0
+
+    verify.release = released  # type: ignore[attr-defined]
     if meddle is not None:
         meddle()
     out = io.StringIO()

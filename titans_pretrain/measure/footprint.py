@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 TOKENS = 512  # of a row that is tried; longer rows count in proportion
 
 
-def held_bytes(step: TrainStep) -> dict[str, int]:
-    """Bytes of this rank's parameters, gradients and optimizer state, each storage once."""
+def held(step: TrainStep) -> dict[str, list[Tensor]]:
+    """This rank's parameters, gradients and optimizer state; some may share a storage."""
     parameters = list(step.model.parameters())
     # ZeRO-3: a rank's part of each, beside what it has gathered.
     parts = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
@@ -30,12 +30,27 @@ def held_bytes(step: TrainStep) -> dict[str, int]:
     gradients = [p.grad for p in (*parameters, *flats) if p.grad is not None]
     gradients += step.optimizer.gradient_buffers()
     states = [t for s in step.optimizer.adamw.state.values() for t in s.values()]
-    seen: set[int] = set()
     return {
-        "parameters": _bytes([*parameters, *parts], seen),
-        "gradients": _bytes(gradients, seen),
-        "optimizer state": _bytes([*flats, *states], seen),  # fp32 masters and moments
+        "parameters": [*parameters, *parts],
+        "gradients": gradients,
+        "optimizer state": [*flats, *states],  # fp32 masters and moments
     }
+
+
+def held_bytes(step: TrainStep) -> dict[str, int]:
+    """Bytes of what is held, by kind, each storage once."""
+    seen: set[int] = set()
+    return {kind: _bytes(tensors, seen) for kind, tensors in held(step).items()}
+
+
+def release(step: TrainStep) -> None:
+    """Gives back what is held, and ends the step's use: DeepSpeed keeps an engine that nobody else
+    knows alive, by its hooks. A storage that numpy has seen stays."""
+    for tensors in held(step).values():
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage.resizable():
+                storage.resize_(0)
 
 
 def _bytes(tensors: Iterable[Any], seen: set[int]) -> int:
