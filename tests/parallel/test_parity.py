@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
-from tests.parallel.parity import assert_parity, compare, parity_config
+from tests.model.helpers import inert
+from tests.parallel import parity, tiny
+from tests.parallel.parity import (
+    CALMER,
+    assert_parity,
+    compare,
+    differences,
+    lacks,
+    parity_config,
+    plain,
+    values_of,
+)
+from titans_pretrain.config import RunConfig
+from titans_pretrain.data.batch import Batch, concatenate
+from titans_pretrain.model.titans import TitansLM
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2": (2, {"tensor": 2}),
@@ -39,11 +55,12 @@ VARIANTS = ["transformer", "lmm", "mag", "mal"]
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [*VARIANTS, "mac"])
 def test_every_variant_in_tp2_pp2_dp2(variant: str) -> None:
-    parallel = {"tensor": 2, "pipeline": 2, "sequence": True}
+    sequence = variant in ("transformer", "lmm", "mal")  # MAG and MAC: each rank has all tokens
+    parallel = {"tensor": 2, "pipeline": 2, "sequence": sequence}
     assert_parity(compare(parity_config(variant, parallel), 8))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "mac"])
 def test_every_variant_in_cp2_tp2(variant: str) -> None:
     parallel = {"context": 2, "tensor": 2}
     assert_parity(compare(parity_config(variant, parallel), 4))
@@ -108,3 +125,79 @@ def test_context_ranks_in_other_orders(order: str) -> None:
 def test_segments_with_all_forwards_first() -> None:
     parallel = {"context": 2, "order": "FFBB", "segments": 2}
     assert_parity(compare(parity_config("lmm", parallel), 2))
+
+
+def a_layout(**changes: Any) -> RunConfig:
+    return parity_config("mac", {"context": 2, "tensor": 2, "pipeline": 2}, **changes)
+
+
+def shorter(batch: Batch) -> Batch:
+    """Each document ends after a chunk."""
+    return replace(batch, positions=batch.positions.where(batch.positions < 8, -1))
+
+
+def without_tail(batch: Batch) -> Batch:
+    """One document fills each row."""
+    row = torch.arange(batch.positions.shape[1])
+    return replace(batch, positions=row.expand_as(batch.positions))
+
+
+@pytest.mark.parametrize(
+    ("lack", "config", "change"),
+    [
+        ("2 blocks a stage", a_layout(model__blocks=3), None),
+        ("2 heads a rank", a_layout(model__heads=2), None),
+        ("4 chunks a context rank", a_layout(data__sequence_length=48), None),
+        ("2 micro-batches", a_layout(train__global_batch=1), None),
+        ("3 documents over MAC's segments", a_layout(), shorter),
+        ("3 documents over ranks' edges", a_layout(), shorter),
+        ("a ragged tail", a_layout(), without_tail),
+    ],
+)
+def test_a_case_that_would_hide_mistakes_is_refused(
+    lack: str, config: RunConfig, change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`compare` asks of every case."""
+    assert lacks(a_layout(), 8) == []
+    if change is not None:
+        batches = [change(b) for b in tiny.micro_batches(config, 1, 0, 1)]
+        monkeypatch.setattr(parity, "micro_batches", lambda *_: batches)
+    assert lack in lacks(config, 8)
+    with pytest.raises(AssertionError, match="would hide mistakes"):
+        compare(config, 8)
+
+
+def reset_missed(*of: Any) -> Batch:
+    """The rows; in one a document right behind another's last token passes for the other's rest."""
+    batch = concatenate(tiny.micro_batches(*of))
+    positions = batch.positions.clone()
+    behind = (positions[:, 1:] == 0) & (positions[:, :-1] >= 0)
+    row, before = behind.nonzero()[0].tolist()
+    rest = positions[row, before + 1 :]
+    rest[((rest == 0).cumsum(0) == 1) & (rest >= 0)] += positions[row, before] + 1
+    return replace(batch, positions=positions)
+
+
+@pytest.mark.parametrize(
+    ("variant", "heat"),
+    [
+        *((v, 1.0) for v in ("lmm", "mac", "mag", "mal")),
+        *((v, CALMER) for v in ("lmm", "mag", "mal")),
+    ],
+)
+def test_the_memory_matters_in_these_models(
+    variant: str, heat: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without what it learns the loss is another by more than 1 %; one reset that is missed moves
+    gradients of the memory by more than 1e-3."""
+    config = parity_config(variant, {})
+    values = values_of(config, heat)
+    right = nats, _ = plain(config, values)
+    model = TitansLM(config.model, dtype=torch.float64)
+    model.load_state_dict(values)
+    learns_nothing = {n: p.detach() for n, p in inert(model).named_parameters()}
+    assert abs(plain(config, learns_nothing)[0] - nats) > 0.01 * nats
+
+    monkeypatch.setattr(parity, "micro_batches", lambda *of: [reset_missed(*of)])
+    off = differences(right, plain(config, values))
+    assert max(d for name, d in off.items() if ".memory." in name) > 1e-3
