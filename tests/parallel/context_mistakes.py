@@ -1,10 +1,11 @@
-"""Mistakes that context parallelism invites, made on purpose: each must be seen by the tests."""
+"""Mistakes that context parallelism invites, made on purpose: each must be seen by the tests. More
+of them are in test_seeded_bugs.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -12,10 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.parallel.context_runs import Rows, Run, context_run, join, model_config, unit
+from tests.parallel.context_runs import Rows, Run, context_run, join
 from titans_pretrain.data.batch import Batch
 from titans_pretrain.memory.layer import MemoryLayer
-from titans_pretrain.memory.packing import plan_documents
 from titans_pretrain.parallel.context import MixerSeam
 from titans_pretrain.parallel.link import Link
 
@@ -31,58 +31,28 @@ class Mistake:
     step: dict[str, Any] = field(default_factory=dict)
 
 
-def _short_halo(what: str, dim: int) -> Patch:
-    """The oldest row of a halo is missing."""
+def _short_halo() -> Patch:
+    """The oldest row of a convolution's halo is missing."""
     take = MixerSeam.take
 
     def short(self: Any, name: str, tie: Tensor, state: Any, blank: Any) -> tuple[Tensor, Any]:
         tie, taken = take(self, name, tie, state, blank)
-        if name == what and self._model[0].link.index:
-            taken = tuple(
-                torch.cat(
-                    (torch.zeros_like(t.narrow(dim, 0, 1)), t.narrow(dim, 1, t.shape[dim] - 1)), dim
-                )
-                for t in taken
-            )
+        if name == "tails" and self._model[0].link.index:
+            taken = tuple(torch.cat((torch.zeros_like(t[:, :1]), t[:, 1:]), 1) for t in taken)
         return tie, taken
 
     return MixerSeam, "take", short
 
 
-def _lost_state(what: str) -> Patch:
-    """The state does not arrive."""
+def _lost_segment() -> Patch:
+    """An open segment does not arrive."""
     take = MixerSeam.take
 
     def lost(self: Any, name: str, tie: Tensor, state: Any, blank: Any) -> tuple[Tensor, Any]:
         tie, taken = take(self, name, tie, state, blank)
-        return tie, blank() if name == what and self._model[0].link.index else taken
+        return tie, blank() if name == "segment" and self._model[0].link.index else taken
 
     return MixerSeam, "take", lost
-
-
-def _early_state() -> Patch:
-    """What is handed on lacks the last chunk."""
-    write = MemoryLayer.write
-
-    def early(self: Any, q: Tensor, k: Tensor, v: Tensor, rates: Any, plan: Any, *more: Any) -> Any:
-        C = self.spec.chunk
-        y, _ = write(self, q, k, v, rates, plan, *more)
-        positions = SHARES[0][:, :-C]
-        SHARES.append(SHARES[0])
-        short = plan_documents(positions, C)
-        cut = replace(rates, **{n: getattr(rates, n)[:, :, :-C] for n in ("theta", "alpha", "eta")})
-        q, k, v = (x[:, :, :-C] for x in (q, k, v))
-        return y, write(self, q, k, v, cut, short, *more)[1]
-
-    return MemoryLayer, "write", early
-
-
-SHARES: list[Tensor] = []  # positions of the share at hand
-
-
-def _note(batch: Batch, link: Link) -> Batch:
-    SHARES[:] = [batch.positions]
-    return batch
 
 
 def _without_tie() -> Patch:
@@ -109,30 +79,13 @@ def _branch() -> Patch:
     return MemoryLayer, "write", branching
 
 
-def _missed_reset(batch: Batch, link: Link) -> Batch:
-    """Documents that start at the edge pass for the rest of what came before."""
-    positions = batch.positions.clone()
-    for row in positions:
-        if link.index and row[0] == 0:
-            n = int((row[1:] == 0).nonzero()[0]) + 1 if (row[1:] == 0).any() else len(row)
-            row[:n] = row[:n].where(row[:n] < 0, row[:n] + 4)
-    return replace(batch, positions=positions)
-
-
 def _local_mean(loss: Tensor, batch: Batch, labels: int) -> Tensor:
     return loss / batch.loss_mask.sum().clamp(min=1) / 6  # ranks times micro-batches
 
 
-U = unit(model_config("lmm"))
 MISTAKES = {
-    "short halo of a convolution": Mistake("lmm", _short_halo("tails", 1)),
-    "short halo of attention": Mistake("mag-window", _short_halo("keys", 2)),
-    "lost state": Mistake("mal-window", _lost_state("memory")),
-    "lost segment": Mistake("mac", _lost_state("segment")),
-    "state before the last chunk": Mistake(
-        "lmm", _early_state(), rows=[[[16 * U]]], step={"change": _note}
-    ),
-    "reset missed at an edge": Mistake("lmm", step={"change": _missed_reset}),
+    "short halo of a convolution": Mistake("lmm", _short_halo()),
+    "lost segment": Mistake("mac", _lost_segment()),
     "mean of the own labels": Mistake("lmm", step={"weigh": _local_mean}),
     "branch instead of select": Mistake(
         "lmm-paper", _branch(), "missing", rows=[[[16 * 6]], [[16 * 6]]]

@@ -122,19 +122,15 @@ def context_run(
     count: bool = False,
     blocking: bool = False,
     weigh: Callable[[Tensor, Batch, int], Tensor] | None = None,
-    change: Callable[[Batch, Link], Batch] | None = None,
 ) -> Run:
     """One step on this rank. count: c10d's operators; blocking: each send ends when it is received,
-    as on one stream of a device; weigh: a share's loss, from its sum and the
-    step's labels; change: of this rank's share of a batch."""
+    as on one stream of a device; weigh: a share's loss, from its sum and the step's labels."""
     config = model_config(case)
     model, whole = built(config, dtype), micro_batches(config, rows)
     model.recompute = recompute
     hand_on(model, link)
     labels = count_labels(whole)
     shares = [shard(b, link.index, link.size) for b in whole]
-    if change is not None:
-        shares = [change(b, link) for b in shares]
     link.log, link.bytes = [], 0
     losses: dict[int, Tensor] = {}
     total = torch.zeros((), dtype=torch.float64)
