@@ -8,7 +8,6 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.model.helpers import hot_model
 from tests.parallel.parity import TOLERANCE, build, parity_config, values_of
 from tests.parallel.tiny import micro_batches
 from tests.worlds import run_world
@@ -16,7 +15,7 @@ from titans_pretrain.config import RunConfig
 from titans_pretrain.joined import joined
 from titans_pretrain.memory import tally
 from titans_pretrain.memory.observe import observe_memory
-from titans_pretrain.model.titans import map_state
+from titans_pretrain.model.titans import TitansLM, map_state
 from titans_pretrain.parallel.context import shard
 from titans_pretrain.parallel.group import Group
 from titans_pretrain.parallel.layout import plan_layout
@@ -32,7 +31,8 @@ def panel_config(variant: str, parallel: dict[str, Any], **changes: Any) -> RunC
 
 def plain(config: RunConfig, most: int, data_ranks: int) -> Seen:
     """Of one process that is fed what data-parallel rank 0 is."""
-    model = hot_model(config.model)
+    model = TitansLM(config.model, dtype=torch.float64)
+    model.load_state_dict(values_of(config))
     with mock.patch.object(tally, "MOST", most):
         with torch.no_grad(), observe_memory() as seen:
             for batch in micro_batches(config, 1, 0, data_ranks):
