@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.prepared import small_dataset, small_run, write_config
 from tests.worlds import run_world
 from titans_pretrain.config import parse_config
+from titans_pretrain.data.batch import Batch, concatenate
 from titans_pretrain.data.stream import TrainStream, batch_hash
 from titans_pretrain.errors import EXIT_DONE, EXIT_SAVED
 from titans_pretrain.launch.local import free_port
@@ -93,6 +95,74 @@ def test_100_steps_equal_37_and_63(ranks: int, precision: str, data: Path, tmp_p
     for other in (parts, signalled):
         assert curve(other["folder"]) == expected
         assert content(other["folder"]) == content(whole["folder"])
+
+
+Seen = list[tuple[int, int, list[Batch]]]  # step, data-parallel rank, its rows
+
+
+def train_and_tell(tree: dict[str, Any], stop_after: int | None) -> tuple[int, Seen]:
+    """As `train`; and what each step was fed on this rank."""
+    from titans_pretrain.step import TrainStep
+
+    seen: Seen = []
+    call = TrainStep.__call__
+
+    def noted(self: TrainStep, batches: list[Batch], step: int, *more: Any) -> Any:
+        seen.append((step, self.world.place.data, batches))
+        return call(self, batches, step, *more)
+
+    TrainStep.__call__ = noted  # type: ignore[method-assign]
+    return train(tree, stop_after), seen
+
+
+def rows_of(told: list[Seen]) -> dict[int, tuple[list[int], str]]:
+    """By step: its samples, data-parallel rank after rank, and the hash of their content. Ranks
+    that share their rows must have the same."""
+    by_step: dict[int, dict[int, list[Batch]]] = {}
+    for step, place, batches in itertools.chain(*told):
+        mine = by_step.setdefault(step, {}).setdefault(place, batches)
+        assert batch_hash(mine) == batch_hash(batches)
+    found = {}
+    for step, places in by_step.items():
+        whole = concatenate([b for _, batches in sorted(places.items()) for b in batches])
+        found[step] = (whole.samples.tolist(), batch_hash([whole]))
+    return found
+
+
+# Ranks and degrees, two steps each; the last goes on to the end.
+CHAIN: list[tuple[int, dict[str, Any]]] = [
+    (2, {"tensor": 2, "sequence": True}),
+    (2, {"pipeline": 2, "interleave": 2}),
+    (2, {"context": 2}),
+    (2, {"zero": {"stage": 3}}),
+    (1, {}),
+]
+
+
+@pytest.mark.slow
+def test_a_run_that_changes_its_layout_is_one_run(data: Path, tmp_path: Path) -> None:
+    """The same rows in each step, and losses within 1e-5 of a process that was never stopped."""
+    steps = 2 * len(CHAIN)
+
+    def tree(name: str, **changes: Any) -> dict[str, Any]:
+        few = {"model__blocks": 4, "train__steps": steps, "validation__every": 0}
+        return small_run(tmp_path / name, data, **few, **changes)
+
+    ((code, whole),) = run_world(train_and_tell, 1, tree("whole"), None)
+    assert code == EXIT_DONE
+    expected = rows_of([whole])
+    assert list(expected) == list(range(1, steps + 1))
+    found: dict[int, tuple[list[int], str]] = {}
+    for number, (ranks, parallel) in enumerate(CHAIN, 1):
+        results = run_world(train_and_tell, ranks, tree("parts", parallel=parallel), 2)
+        assert {code for code, _ in results} == {EXIT_DONE if ranks == 1 else EXIT_SAVED}
+        found |= (fed := rows_of([seen for _, seen in results]))
+        assert list(fed) == [2 * number - 1, 2 * number], parallel
+    assert found == expected
+    losses, theirs = (
+        [loss for _, loss, *_ in curve(str(tmp_path / n))] for n in ("parts", "whole")
+    )
+    assert losses == pytest.approx(theirs, rel=1e-5) and len(losses) == steps
 
 
 def test_what_the_bitwise_test_crosses(data: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.live_bytes import LiveBytes
-from tests.parallel.through_zero import start
-from tests.parallel.tiny import micro_batches, tiny_config
+from tests.parallel.through_zero import batches_of, start
+from tests.parallel.tiny import tiny_config
 from tests.worlds import run_world
 from titans_pretrain.config import CheckpointConfig, RunConfig
 from titans_pretrain.errors import ConfigError, DataError, NodeError
@@ -49,15 +49,12 @@ def owned(step: TrainStep) -> list[Any]:
 def train_save_train(config: RunConfig, folder: Path, first: int, more: int) -> Any:
     world, step = start(config)
     for s in range(1, first + 1):
-        step(micro_batches(config, s, world.rank, world.size), s)
+        step(batches_of(config, s, world), s)
     checkpoint.save(
         folder, state_of(config, first), step.optimizer.fragments(), rng(), world, lambda: None
     )
     saved = owned(step)
-    reports = [
-        step(micro_batches(config, s, world.rank, world.size), s)
-        for s in range(first + 1, first + more + 1)
-    ]
+    reports = [step(batches_of(config, s, world), s) for s in range(first + 1, first + more + 1)]
     end = owned(step)
     world.shut_down()
     return saved, [(r.loss, r.grad_norm) for r in reports], end
@@ -73,8 +70,7 @@ def load_train(config: RunConfig, folder: Path, more: int) -> Any:
     step.optimizer.weights_loaded(found.step)
     loaded = owned(step)
     reports = [
-        step(micro_batches(config, s, world.rank, world.size), s)
-        for s in range(found.step + 1, found.step + more + 1)
+        step(batches_of(config, s, world), s) for s in range(found.step + 1, found.step + more + 1)
     ]
     end = owned(step)
     same_rng = torch.equal(tensors["rng/cpu"], torch.get_rng_state())
@@ -92,10 +88,24 @@ def merged(results: list[Any], index: int) -> dict[str, torch.Tensor]:
     return {k: torch.cat([v for _, v in sorted(p.items())]) for k, p in whole.items()}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_same_layout_goes_on_bitwise(ranks: int, precision: str, tmp_path: Path) -> None:
-    config = tiny_config(train__precision=precision)
+AGAIN: list[tuple[int, str, dict[str, Any]]] = [
+    *((ranks, precision, {}) for precision in ("fp32", "bf16") for ranks in (1, 2)),
+    (2, "bf16", {"tensor": 2, "sequence": True}),
+    (2, "bf16", {"pipeline": 2, "interleave": 2}),
+    (2, "bf16", {"context": 2}),
+    (2, "bf16", {"zero": {"stage": 2}}),
+    (2, "bf16", {"zero": {"stage": 3}}),
+]
+
+
+@pytest.mark.parametrize(("ranks", "precision", "parallel"), AGAIN, ids=str)
+def test_same_layout_goes_on_bitwise(
+    ranks: int, precision: str, parallel: dict[str, Any], tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"model__vocab_size": 64, "train__global_batch": 4}
+    changes |= {"model__variant": "mac", "model__blocks": 4 if "pipeline" in parallel else 2}
+    changes = {"parallel": parallel, **changes} if parallel else {}
+    config = tiny_config(train__precision=precision, **changes)
     before = run_world(train_save_train, ranks, config, tmp_path, 3, 3)
     after = run_world(load_train, ranks, config, tmp_path, 3)
     for a, b in zip(before, after, strict=True):
