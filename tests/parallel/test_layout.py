@@ -143,6 +143,7 @@ REFUSED = [
     ({"pipeline": 2, "zero": {"stage": 3}}, {}, 2, "parallel.pipeline=2", "zero.stage=1"),
     ({"context": 2, "zero": {"stage": 2}}, {}, 2, "parallel.context=2", "zero.stage=1"),
     ({"context": 2, "zero": {"stage": 3}}, {}, 2, "parallel.context=2", "zero.stage=1"),
+    ({"order": "FFBB", "zero": {"stage": 2}}, {}, 1, "parallel.order=FFBB", "parallel.order=FB"),
     ({"zero": {"overlap": True}}, {}, 1, "parallel.zero.overlap=true", "zero.stage=2"),
     ({"zero": {"stage": 3, "copy_within": 3}}, {}, 2, "copy_within=3", "copy_within=1"),
     (

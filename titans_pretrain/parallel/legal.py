@@ -121,16 +121,16 @@ def _interleaved(a: Asked) -> Refused | None:
     )
 
 
-def _zero_alone(degree: str) -> Callable[[Asked], Refused | None]:
-    """ZeRO stages 2 and 3 only where this degree is 1."""
+def _zero_alone(key: str, needed: int | str = 1) -> Callable[[Asked], Refused | None]:
+    """ZeRO stages 2 and 3 only where `key` of the parallel section has this value."""
 
     def broken(a: Asked) -> Refused | None:
-        stage, ranks = a.parallel.zero.stage, getattr(a.parallel, degree)
-        if stage < 2 or ranks == 1:
+        stage, value = a.parallel.zero.stage, getattr(a.parallel, key)
+        if stage < 2 or value == needed:
             return None
         return (
-            f"parallel.zero.stage={stage}, parallel.{degree}={ranks}",
-            f"use parallel.zero.stage=1, or parallel.{degree}=1",
+            f"parallel.zero.stage={stage}, parallel.{key}={value}",
+            f"use parallel.zero.stage=1, or parallel.{key}={needed}",
         )
 
     return broken
@@ -280,6 +280,12 @@ RULES = (
         "their collectives inside the layer loop span the context ranks, which wait for one "
         "another's memory state: they deadlock",
         _zero_alone("context"),
+    ),
+    Rule(
+        "ZeRO stages 2 and 3 need order=FB",
+        "they reduce gradients inside each backward, and let no second backward come before the "
+        "next forward: DeepSpeed crashes",
+        _zero_alone("order", "FB"),
     ),
     Rule(
         "overlap needs ZeRO stage 2 or 3",
