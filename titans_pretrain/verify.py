@@ -40,12 +40,19 @@ from titans_pretrain.measure.step_benchmark import prepared
 from titans_pretrain.parallel.layout import Fragment, Layout, plan_layout
 from titans_pretrain.parallel.world import World, start_world, world_size
 from titans_pretrain.run import dcp
-from titans_pretrain.run.files import storage_error
 from titans_pretrain.run.watchdog import Watchdog
 from titans_pretrain.step import TrainStep
 from titans_pretrain.verify_config import VOCABULARY, changes, verified
 from titans_pretrain.verify_plain import Step, Trained, first_weight, train_plain
-from titans_pretrain.verify_report import GRADIENT, UPDATE, Compared, Difference, Gap, report
+from titans_pretrain.verify_report import (
+    GRADIENT,
+    UPDATE,
+    Compared,
+    Difference,
+    Gap,
+    report,
+    tolerance,
+)
 
 ROUNDING = 1e-7
 PATIENCE = 7 * 24 * 3600.0  # seconds in which the other ranks wait for the plain process
@@ -87,7 +94,11 @@ def run(args: argparse.Namespace) -> int:
         try:
             args.scratch.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise storage_error(e, f"making --scratch {args.scratch}", starting=True) from e
+            raise ConfigError(
+                f"--scratch {args.scratch}: {e.strerror}",
+                "what the layout has computed goes there",
+                "give another folder",
+            ) from e
     if (code := as_ranks(command, ranks if ranks > 1 else None)) is not None:
         return code
     with tempfile.TemporaryDirectory(dir=args.scratch) as mine:
@@ -296,7 +307,12 @@ def differences(
     folder: Path,
     apart: Sequence[Apart],
 ) -> tuple[Difference, list[Difference]]:
-    """Of one parameter as the layout saved it, and of its copies on other ranks from that."""
+    """Of one parameter as the layout saved it, and of its copies on other ranks from that.
+
+    AdamW takes a step of full length in either direction however small a gradient is: where it is
+    below what gradients may differ by in any step, rounding decides. Such entries do not count as
+    an update.
+    """
     gradient, weight = plain.gradient[name], plain.weights[name]
     begin, changed = (
         first_weight(config.model, name, weight.shape, config.train.seed, change)
@@ -304,26 +320,29 @@ def differences(
     )
     moved = weight - begin
     largest, way = float(gradient.abs().max()), float(moved.norm())
-    rounding = (
-        _relative(float((shaken.gradient[name] - gradient).abs().max()), largest),
-        _relative(float((shaken.weights[name] - changed - moved).norm()), way),
-    )
+    rounding = _relative(float((shaken.gradient[name] - gradient).abs().max()), largest)
+    faintest, other = plain.faintest[name], shaken.faintest[name]
+    noise = float((faintest - other).abs().nan_to_num(0.0, 0.0).max())  # of all steps; inf - inf
+    decided = faintest > tolerance(max(rounding, noise), GRADIENT)
+    shaken_off = (shaken.weights[name] - changed - moved)[decided]
+    rounding_update = _relative(float(shaken_off.norm()), way)
 
     def differs(gradient: float, update: float, note: str = "") -> Difference:
-        off = Gap(_relative(gradient, largest), rounding[0], GRADIENT)
-        astray = Gap(_relative(update, way), rounding[1], UPDATE)
+        off = Gap(_relative(gradient, largest), rounding, GRADIENT)
+        astray = Gap(_relative(update, way), rounding_update, UPDATE)
         return Difference(name, off, astray, note, silent=largest == gradient == 0)
 
-    saved = _saved(folder / "gradient", f"optimizer/gradient/{name}")
-    after = _saved(folder / "weight", f"model/{name}")
     others = [
         differs(*told[name], f"rank {rank}'s copy")
         for rank, told in enumerate(apart)
         if name in told
     ]
+    saved = _saved(folder / "gradient", f"optimizer/gradient/{name}")
+    after = _saved(folder / "weight", f"model/{name}")
     if saved is None or after is None:
         return differs(math.nan, math.nan, "which no rank has"), others
-    return differs(float((saved - gradient).abs().max()), float((after - weight).norm())), others
+    off, astray = (saved - gradient).abs().max(), (after - weight)[decided].norm()
+    return differs(float(off), float(astray)), others
 
 
 def _saved(folder: Path, name: str) -> Tensor | None:

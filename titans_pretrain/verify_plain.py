@@ -34,6 +34,9 @@ class Trained:
     steps: list[Step]
     gradient: dict[str, Tensor]  # of the first step, before clipping; 0 where there is none
     weights: dict[str, Tensor]  # after the last step
+    # Of each entry the least gradient of all steps but 0, relative to the largest entry of that
+    # step; inf where it is always 0.
+    faintest: dict[str, Tensor]
 
 
 def train_plain(
@@ -53,13 +56,17 @@ def train_plain(
     run = PlainRun(config, device, changed, recompute)
     taken: list[Step] = []
     gradient: dict[str, Tensor] = {}
+    faintest: dict[str, Tensor] = {}
     for number, batches in enumerate(steps, 1):
         loss = run.backward(batches)
         if number == 1:
             gradient = {n: _kept(_gradient(p)) for n, p in run.model.named_parameters()}
+        for name, p in run.model.named_parameters():
+            share = _shares(_gradient(p))
+            faintest[name] = share.minimum(faintest[name]) if name in faintest else share
         taken.append(Step(loss, run.update(number)))
     weights = {n: _kept(p.detach()) for n, p in run.model.named_parameters()}
-    return Trained(taken, gradient, weights)
+    return Trained(taken, gradient, weights, faintest)
 
 
 def first_weight(
@@ -138,6 +145,13 @@ def _segments(row: Row, segments: int) -> Iterator[Row]:
 
 def _gradient(p: Tensor) -> Tensor:
     return torch.zeros_like(p) if p.grad is None else p.grad
+
+
+def _shares(gradient: Tensor) -> Tensor:
+    """Each entry relative to the largest; inf for 0."""
+    size = gradient.abs()
+    share = (size / size.max()).masked_fill(size == 0, torch.inf)
+    return _kept(share)
 
 
 def _kept(tensor: Tensor) -> Tensor:

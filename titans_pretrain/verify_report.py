@@ -34,6 +34,12 @@ _WORDS = {
 }
 
 
+def tolerance(rounding: float, tolerances: tuple[float, float]) -> float:
+    """What a difference may be where rounding alone makes so much of it."""
+    least, most = tolerances
+    return min(max(least, BEYOND * rounding), most)
+
+
 @dataclass(frozen=True)
 class Gap:
     """One relative difference, and what rounding alone makes of the same."""
@@ -43,11 +49,13 @@ class Gap:
     tolerances: tuple[float, float]  # the least, the most
 
     @property
+    def tolerance(self) -> float:
+        return tolerance(self.rounding, self.tolerances)
+
+    @property
     def size(self) -> float:
         """In tolerances; NaN is the largest of all."""
-        least, most = self.tolerances
-        tolerance = min(max(least, BEYOND * self.rounding), most)
-        return math.inf if math.isnan(self.found) else self.found / tolerance
+        return math.inf if math.isnan(self.found) else self.found / self.tolerance
 
     @property
     def verdict(self) -> Verdict:

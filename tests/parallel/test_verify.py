@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,18 +19,20 @@ import torch
 
 from tests.parallel import test_seeded_bugs as bugs
 from tests.parallel.parity import parity_config
+from tests.parallel.tiny import tiny_config
 from tests.prepared import small_dataset, small_run
 from tests.worlds import run_world
 from titans_pretrain import cli, step, verify
 from titans_pretrain.config import RunConfig, parse_config
 from titans_pretrain.errors import ConfigError
 from titans_pretrain.measure.footprint import held_bytes
+from titans_pretrain.measure.made import made_batches
 from titans_pretrain.model.titans import TitansLM
 from titans_pretrain.parallel.layout import plan_layout
 from titans_pretrain.parallel.zero import ZeroOptimizer
 from titans_pretrain.step import TrainStep
 from titans_pretrain.verify_config import verified as as_verified
-from titans_pretrain.verify_plain import Step
+from titans_pretrain.verify_plain import Step, Trained, train_plain
 from titans_pretrain.verify_report import (
     GRADIENT,
     UPDATE,
@@ -247,6 +250,52 @@ def test_what_the_verdict_says_where_no_parameter_differs() -> None:
     assert told(fine, copies=(astray,)).endswith(
         "1 of 1 parameters DIFFER, a, rank 1's copy the most"
     )
+
+
+@pytest.mark.parametrize(
+    ("entry", "noise", "verdict"),
+    [
+        (0, 0.0, Verdict.DIFFERS),
+        (1, 0.0, Verdict.AGREES),
+        (2, 0.0, Verdict.DIFFERS),  # no gradient at all
+        (3, 0.0, Verdict.DIFFERS),
+        (3, 1e-3, Verdict.AGREES),  # rounding grew in a later step
+    ],
+)
+def test_an_update_counts_where_rounding_does_not_decide_it(
+    monkeypatch: pytest.MonkeyPatch, entry: int, noise: float, verdict: Verdict
+) -> None:
+    """AdamW moves each entry by about lr, whatever its gradient, either way."""
+    config = tiny_config()
+    gradient = torch.ones(config.model.width)
+    gradient[1:4] = torch.tensor([1e-7, 0.0, 5e-3])
+    begin = torch.ones_like(gradient)  # a norm's gains
+    share = gradient.masked_fill(gradient == 0, torch.inf)
+    plain = Trained([], {"n.norm": gradient}, {"n.norm": begin - 0.01}, {"n.norm": share})
+    shaken = replace(plain, faintest={"n.norm": share - noise})
+    after = plain.weights["n.norm"].clone()
+    after[entry] += 0.02
+    monkeypatch.setattr(
+        verify, "_saved", lambda folder, name: gradient if "gradient" in name else after
+    )
+    monkeypatch.setattr(verify, "first_weight", lambda *args: begin)
+    found, others = verify.differences(config, "n.norm", plain, shaken, Path("unused"), [])
+    assert found.verdict == verdict and not others
+
+
+def test_the_faintest_gradient_of_an_entry_in_all_steps() -> None:
+    config = tiny_config(model__variant="transformer")
+    steps = [made_batches(config, number) for number in (1, 2)]
+    one, two = (train_plain(config, torch.device("cpu"), steps[:n]) for n in (1, 2))
+    gradient = one.gradient["embedding.weight"].abs()
+    faintest = one.faintest["embedding.weight"]
+    assert torch.equal(faintest.isinf(), gradient == 0)
+    unmet = faintest.isinf().all(1)
+    torch.testing.assert_close(
+        faintest[~unmet], (gradient / gradient.max())[~unmet], rtol=1e-6, atol=0
+    )
+    assert (two.faintest["embedding.weight"] <= faintest).all()
+    assert not two.faintest["embedding.weight"].equal(faintest)
 
 
 @pytest.mark.parametrize(
