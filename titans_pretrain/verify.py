@@ -38,6 +38,7 @@ from titans_pretrain.measure.made import made_batches
 from titans_pretrain.measure.out_of_memory import is_out_of_memory
 from titans_pretrain.measure.step_benchmark import prepared
 from titans_pretrain.parallel.layout import Fragment, Layout, plan_layout
+from titans_pretrain.parallel.rendezvous import told_to_all
 from titans_pretrain.parallel.world import World, start_world, world_size
 from titans_pretrain.run import dcp
 from titans_pretrain.run.watchdog import Watchdog
@@ -86,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
     """Prints the report; 0 where all agrees, 1 where not."""
     asked = load_config(args.config, args.overrides)
     ranks = world_size() if "RANK" in os.environ else args.ranks or 1
-    plan_layout(verified(asked, ranks, args.shrink), ranks)  # once, before there are ranks
+    with told_to_all():
+        plan_layout(verified(asked, ranks, args.shrink), ranks)  # also before there are ranks
     command = ["verify", args.config, *args.overrides, "--steps", str(args.steps)]
     command += [f"--{name}" for name in ("shrink", "all") if getattr(args, name)]
     if args.scratch is not None:
@@ -119,7 +121,7 @@ def verify(
         # A report of a hang goes into the scratch folder: there is no run.
         away = config.model_copy(update={"folder": str(scratch)})
         with Watchdog(away) as watchdog, contextlib.ExitStack() as watched:
-            said = dump_config(config)
+            said = f"{dump_config(config)}{steps} {shrink} {everything}"
             world = failing.joined(start_world(config.train, layout, watchdog.timeout_s, said))
             leaving.callback(world.shut_down)
             watchdog.joined(world, watched)
