@@ -176,6 +176,8 @@ def unplug(cluster: Cluster, job: Job) -> int:
 
 def plug(cluster: Cluster, node: int) -> None:
     cluster("plug", node)
+    # By itself Slurm looks for a node that it has taken for DOWN at every twentieth ping alone.
+    resume(cluster, node)
 
 
 def drain(cluster: Cluster, job: Job) -> int:
@@ -186,7 +188,8 @@ def drain(cluster: Cluster, job: Job) -> int:
 
 
 def resume(cluster: Cluster, node: int) -> None:
-    cluster("run", "scontrol", "update", f"nodename=n{node}", "state=resume")
+    # It may be in service again already.
+    cluster("run", "scontrol", "update", f"nodename=n{node}", "state=resume", check=False)
 
 
 def restart_controller(cluster: Cluster, job: Job) -> None:
