@@ -152,13 +152,12 @@ def _sweep_adjoint(
     dk = torch.empty_like(part.k)
     # Everything about the norm and the second derivatives that needs no state gradient, at once.
     bent = [m * curvature(a, spec.activation) for m, a in zip(swept.back, swept.before)]
-    miss2 = u = du_all = bend = None
+    miss2 = u = du_all = None
     if problem.gain is not None and problem.bias is not None:
         assert swept.xhat is not None and swept.rstd is not None
         gain = problem.tiled(problem.gain, len(part.k))
         miss2 = 2 * (part.k - part.v + problem.tiled(problem.bias, len(part.k)) + gain * swept.xhat)
         u, du_all = miss2 * gain, torch.empty_like(part.k)
-        bend = 2 * gain[: problem.plan.sizes[part.steps.start] * problem.heads].square()
     dv = None if du_all is not None else torch.empty_like(part.k)
 
     for step in reversed(part.steps):
@@ -195,14 +194,15 @@ def _sweep_adjoint(
             d_errors[n + 1].baddbmm_(e, at[n + 1])
             d_at[n + 1] = torch.bmm(e.transpose(1, 2), swept.errors[n + 1][rows])
         w = d_errors[-1]
-        if u is not None and du_all is not None and bend is not None:  # (19)
+        if u is not None and du_all is not None and problem.gain is not None:  # (19)
             assert swept.xhat is not None and swept.rstd is not None
             xhat, rstd = swept.xhat[rows], swept.rstd[rows]
+            gain = problem.tiled(problem.gain, count)
             du = standardize_transpose(w, xhat, rstd)
             du_all[rows] = du
             d_before.append(
                 transpose_curvature(
-                    w, u[rows], swept.errors[-1][rows], xhat, rstd, bend[:count] * du
+                    w, u[rows], swept.errors[-1][rows], xhat, rstd, 2 * gain.square() * du
                 )
             )
         else:

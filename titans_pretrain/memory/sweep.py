@@ -205,13 +205,6 @@ def sweep(
     for buffer, s in zip(states, start):
         buffer[: len(s)] = s
     after: States = []
-    # Of all steps at once: (k - v + bias); the norm's parameters for as many rows as a step can
-    # have, the first ones.
-    miss = gain = twice = None
-    if problem.gain is not None and problem.bias is not None:
-        miss = part.k - part.v + problem.tiled(problem.bias, len(part.k))
-        gain = problem.tiled(problem.gain, plan.sizes[part.steps.start] * h)
-        twice = 2 * gain
 
     for step in part.steps:
         rows = part.rows(problem, step)
@@ -226,9 +219,10 @@ def sweep(
             if n < layers - 1:
                 before[n].append(x)
                 x = activate(x, spec.activation)
-        if miss is not None and gain is not None and twice is not None:
+        if problem.gain is not None and problem.bias is not None:
             xhat, rstd = standardize(x)
-            u = miss[rows].addcmul_(gain[: len(x)], xhat).mul_(twice[: len(x)])
+            gain, bias = problem.tiled(problem.gain, len(x)), problem.tiled(problem.bias, len(x))
+            u = (part.k[rows] - part.v[rows] + bias).addcmul_(gain, xhat).mul_(2 * gain)
             delta = standardize_transpose(u, xhat, rstd)
             hats.append(xhat)
             rstds.append(rstd)
