@@ -9,7 +9,6 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.model.helpers import hot_model
 from tests.parallel.parity import parity_config, values_of
 from tests.parallel.through_zero import start
 from tests.parallel.tiny import batch_of
@@ -19,7 +18,7 @@ from titans_pretrain.config import RunConfig
 from titans_pretrain.data.batch import Batch
 from titans_pretrain.launch.local import free_port
 from titans_pretrain.model.loss import token_loss
-from titans_pretrain.model.titans import map_state
+from titans_pretrain.model.titans import TitansLM, map_state
 from titans_pretrain.parallel.context import shard
 
 ROWS = 3  # of a data-parallel rank, one at a time: two stages do not divide them
@@ -45,7 +44,8 @@ def rows(config: RunConfig, first: int, count: int) -> list[Batch]:
 
 def alone(config: RunConfig, count: int) -> tuple[float, int]:
     """(nats a label, labels) in one plain process, in float64."""
-    model, nats, labels = hot_model(config.model), 0.0, 0
+    model, nats, labels = TitansLM(config.model, dtype=torch.float64), 0.0, 0
+    model.load_state_dict(values_of(config))
     segments = config.parallel.segments
     for batch in rows(config, 0, count):
         state = None

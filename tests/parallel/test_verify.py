@@ -22,7 +22,7 @@ from tests.parallel.parity import parity_config
 from tests.parallel.tiny import tiny_config
 from tests.prepared import small_dataset, small_run
 from tests.worlds import run_world
-from titans_pretrain import cli, step, verify
+from titans_pretrain import cli, feed, step, verify
 from titans_pretrain.config import RunConfig, parse_config
 from titans_pretrain.errors import ConfigError
 from titans_pretrain.measure.footprint import held_bytes
@@ -311,7 +311,10 @@ def test_what_is_shrunk_is_legal(ranks: int, parallel: dict[str, Any]) -> None:
     plan_layout(config, ranks)
 
 
-def test_a_vocabulary_that_the_data_decides_fits_the_layout_too(tmp_path: Path) -> None:
+def test_a_vocabulary_that_the_data_decides_fits_the_layout_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "world_size", lambda: 3)
     data = small_dataset(tmp_path)
     tree = small_run(tmp_path, data, parallel={"tensor": 3}, model__heads=3, model__width=48)
     config = parse_config(tree, "prepared")
