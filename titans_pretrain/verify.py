@@ -193,7 +193,6 @@ def rows_of(
         return config, make, made_rows()
     stream = world.agree(lambda: open_stream(config, world))
     config = with_vocabulary(config, stream)
-    plan_layout(config, world.size)  # again: now the vocabulary is known
 
     def read(steps: int) -> Steps:
         alone = open_batches(
@@ -292,10 +291,17 @@ def against_plain(
             "verify a small model in the same layout: --shrink; or use train.device=cpu, "
             "train.recompute=blocks, or a smaller data.sequence_length",
         ) from e
+    kinds = (("gradient", "optimizer/gradient"), ("weight", "model"))
+    tables = [(folder / kind, prefix, dcp.read_metadata(folder / kind)) for kind, prefix in kinds]
+
+    def saved(name: str) -> list[Tensor | None]:
+        found = [(where, f"{prefix}/{name}", table) for where, prefix, table in tables]
+        return [dcp.load_one(*f) if f[1] in f[2].state_dict_metadata else None for f in found]
+
     parameters: list[Difference] = []
     several: list[Difference] = []
     for name in plain.weights:
-        one, others = differences(config, name, plain, shaken, folder, apart)
+        one, others = differences(config, name, plain, shaken, saved(name), apart)
         parameters.append(one)
         several += sorted(others, key=lambda d: d.order)[-1:]  # the worst of its copies
     return Compared(taken, plain.steps, shaken.steps, parameters, several)
@@ -306,10 +312,11 @@ def differences(
     name: str,
     plain: Trained,
     shaken: Trained,
-    folder: Path,
+    saved: Sequence[Tensor | None],
     apart: Sequence[Apart],
 ) -> tuple[Difference, list[Difference]]:
-    """Of one parameter as the layout saved it, and of its copies on other ranks from that.
+    """Of one parameter as the layout saved it (gradient, weight; None: not at all), and of its
+    copies on other ranks from that.
 
     AdamW takes a step of full length in either direction however small a gradient is: where it is
     below what gradients may differ by in any step, rounding decides. Such entries do not count as
@@ -339,18 +346,11 @@ def differences(
         for rank, told in enumerate(apart)
         if name in told
     ]
-    saved = _saved(folder / "gradient", f"optimizer/gradient/{name}")
-    after = _saved(folder / "weight", f"model/{name}")
-    if saved is None or after is None:
+    found, after = saved
+    if found is None or after is None:
         return differs(math.nan, math.nan, "which no rank has"), others
-    off, astray = (saved - gradient).abs().max(), (after - weight)[decided].norm()
+    off, astray = (found - gradient).abs().max(), (after - weight)[decided].norm()
     return differs(float(off), float(astray)), others
-
-
-def _saved(folder: Path, name: str) -> Tensor | None:
-    metadata = dcp.read_metadata(folder)
-    known = name in metadata.state_dict_metadata
-    return dcp.load_one(folder, name, metadata) if known else None
 
 
 def _relative(difference: float, of: float) -> float:

@@ -275,11 +275,8 @@ def test_an_update_counts_where_rounding_does_not_decide_it(
     shaken = replace(plain, faintest={"n.norm": share - noise})
     after = plain.weights["n.norm"].clone()
     after[entry] += 0.02
-    monkeypatch.setattr(
-        verify, "_saved", lambda folder, name: gradient if "gradient" in name else after
-    )
     monkeypatch.setattr(verify, "first_weight", lambda *args: begin)
-    found, others = verify.differences(config, "n.norm", plain, shaken, Path("unused"), [])
+    found, others = verify.differences(config, "n.norm", plain, shaken, (gradient, after), [])
     assert found.verdict == verdict and not others
 
 

@@ -100,7 +100,8 @@ class ParallelConfig(Section):
     context: Positive = 1  # ranks that share each row's tokens
     # How context ranks go through a step's forwards (F) and backwards (B). FB, FB, ..: one
     # micro-batch is alive, and ranks wait for one another in each. FF.., BB..: all are alive, and
-    # ranks wait once a step. skewed: likewise, with context - rank alive, but sends must not block.
+    # ranks wait once a step, in forwards once more for each further segment. skewed: once a step,
+    # with context - rank alive, but sends must not block.
     order: Literal["FB", "FFBB", "skewed"] = "FB"
     # Stretches of each row that are computed one after another, with what the memories carry on.
     # Gradients stop between them: their horizon is sequence_length / segments tokens.
@@ -172,7 +173,7 @@ class WatchdogConfig(Section):
     """How long a rank may make no progress before all end with 77, their stacks told. Progress is
     the beginning or end of a phase (see phases.py): each micro-batch, also of a validation, counts.
     So a step may take as long as it likes while its parts go on: one that is slow is no hang, and
-    is told of elsewhere (time/step_s, measure.straggler). 0: no such limit."""
+    is told of elsewhere (time/step_s, log.straggler). 0: no such limit."""
 
     step_minutes: Minutes = 10.0  # anywhere not listed below
     # Until the first step is done: joining, building; and wherever a checkpoint is loaded.
