@@ -16,7 +16,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # runs those of a GPU.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-SLURM = Path(__file__).parent / "slurm"
+HERE = Path(__file__).parent
+SLURM = HERE / "slurm"
+# Minutes each: handed out last, one of them would keep one worker when the others are done.
+LONGEST = (
+    "test_resume.py",
+    "measure/test_gpu_check.py",
+    "parallel/test_zero.py",
+    "test_torture.py",
+    "test_readme.py",
+    "parallel/test_parity.py",
+    "estimate/test_held.py",
+)
 BESIDE = 5  # niceness of a worker of pytest -n; the one that has Slurm's tests takes it back
 
 WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -41,8 +52,14 @@ def no_world_left_behind():
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first: the last ones to be handed out are short, so that no worker is left alone
     with a long one. Slurm's tests mostly wait: whatever is computed beside them costs nothing."""
-    long = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (SLURM not in item.path.parents, item.path not in long))
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    place = {HERE / name: number for number, name in enumerate(LONGEST)}
+
+    def turn(item: pytest.Item) -> tuple[bool, int, bool]:
+        after = place.get(item.path, len(place))
+        return SLURM not in item.path.parents, after, item.path not in slow
+
+    items.sort(key=turn)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -23,12 +23,13 @@ ARROWS = {
     "model": ("config", "errors", "memory"),
     "parallel": ("config", "errors", "data.batch", "memory.onto", "phases"),
     "phases": (),
+    "importing": (),
     "cut": ("config", "model.counts", "parallel.layout"),
     "run": ("config", "errors", "parallel.layout", "phases"),
     "launch": ("arguments", "config", "errors", "run", "parallel.layout", "estimate"),
     "measure": (
         *("config", "errors", "data", "memory", "model", "parallel", "run", "launch"),
-        *("phases", "feed", "step", "watch", "estimate"),
+        *("phases", "feed", "step", "watch", "estimate", "importing"),
     ),
     "estimate": (
         *("arguments", "config", "errors", "cut", "memory.sizes"),

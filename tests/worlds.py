@@ -22,7 +22,7 @@ from titans_pretrain.launch.local import free_port
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     # torch, deepspeed and megatron-core; and what torch imports as the first model is built.
-    ["titans_pretrain.step", "torch._dynamo"]
+    ["titans_pretrain.step", "torch._dynamo", "tests.frozen"]
 )
 
 

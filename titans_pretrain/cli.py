@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from titans_pretrain.arguments import positive
 from titans_pretrain.errors import EXIT_DONE, EXIT_NODE, ConfigError, TitansError
+from titans_pretrain.importing import for_good
 
 if TYPE_CHECKING:
     from titans_pretrain.config import RunConfig
@@ -117,7 +118,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (about, module) in _ELSEWHERE.items():
         if argv[:1] == [name]:
-            importlib.import_module(module).register(commands)
+            with for_good():
+                elsewhere = importlib.import_module(module)
+            elsewhere.register(commands)
         else:
             commands.add_parser(name, help=about)
     _add_train(commands)
@@ -228,7 +231,8 @@ def _train_here(args: argparse.Namespace) -> int:
     from titans_pretrain.run import signals
 
     signals.install()
-    from titans_pretrain.train import run_training
+    with for_good():
+        from titans_pretrain.train import run_training
 
     return run_training(config, stop_after=args.stop_after, init_from=args.init_from)
 
@@ -278,7 +282,9 @@ def _inspect(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     if args.what == "wave":  # on the CPU always
         _hide_gpus()
-    return importlib.import_module(_BENCHMARKS[args.what]).main(args.arguments) or 0
+    with for_good():
+        benchmark = importlib.import_module(_BENCHMARKS[args.what])
+    return benchmark.main(args.arguments) or 0
 
 
 def _compare(args: argparse.Namespace) -> int:

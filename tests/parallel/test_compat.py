@@ -45,3 +45,50 @@ def shared_memory_build_offered() -> bool:
 
 def test_deepspeed_would_still_compile_its_collectives() -> None:
     assert run_world(shared_memory_build_offered, 1) == [True]
+
+
+def told_on_the_console(shim: str) -> str:
+    import contextlib
+    import io
+
+    from titans_pretrain.parallel import compat
+
+    if shim == "without_memory_tables":
+        compat.without_memory_tables = contextlib.nullcontext  # type: ignore[assignment]
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        start(tiny_config(train__precision="bf16"))
+    return told.getvalue()
+
+
+def test_deepspeed_still_prints_memory_tables() -> None:
+    (told,) = run_world(told_on_the_console, 1, "without_memory_tables")
+    assert told.count("CPU Virtual Memory") > 5
+    assert run_world(told_on_the_console, 1, "nothing") == [""]
+
+
+def compilers_asked(touch: bool) -> list[str]:
+    """The commands that an engine's start runs."""
+    import subprocess
+
+    import deepspeed.ops
+
+    from titans_pretrain.parallel import compat
+
+    asked: list[str] = []
+    begin = subprocess.Popen.__init__
+
+    def noted(self: subprocess.Popen, command: list[str], *args: object, **options: object) -> None:
+        asked.append(command[0])
+        begin(self, command, *args, **options)  # type: ignore[call-overload]
+
+    subprocess.Popen.__init__ = noted  # type: ignore[method-assign,assignment]
+    if touch:
+        offered = {"deepspeed_shm_comm": False}
+        compat.skip_shared_memory_build = lambda: deepspeed.ops.__compatible_ops__.update(offered)
+    start(tiny_config())
+    return asked
+
+
+def test_deepspeed_still_asks_compilers_what_it_could_build() -> None:
+    assert run_world(compilers_asked, 1, True) != [[]]
+    assert run_world(compilers_asked, 1, False) == [[]]

@@ -52,13 +52,28 @@ def cuda_literals() -> Iterator[None]:
 def skip_shared_memory_build() -> None:
     """Keeps DeepSpeed from compiling its CPU shared-memory collectives (minutes, at first use).
 
-    They are an optional fast path beside gloo; nothing else reads this entry.
+    They are an optional fast path beside gloo. Nothing else reads this table, which DeepSpeed makes
+    at its first use: with one C compiler after the other, on each rank, to ask what it could build.
     """
     if torch.cuda.is_available():
         return
     import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
+@contextlib.contextmanager
+def without_memory_tables() -> Iterator[None]:
+    """While DeepSpeed's bf16 optimizer is made: it prints the memory in use ten times on rank 0,
+    whatever the log level, and collects garbage before each (2 s, in which the others wait)."""
+    from deepspeed.runtime import bf16_optimizer
+
+    before = bf16_optimizer.see_memory_usage
+    bf16_optimizer.see_memory_usage = lambda message, force=False: None
+    try:
+        yield
+    finally:
+        bf16_optimizer.see_memory_usage = before
 
 
 @contextlib.contextmanager

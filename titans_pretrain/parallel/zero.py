@@ -7,8 +7,6 @@ This file is the only one that knows DeepSpeed.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -165,7 +163,7 @@ class ZeroOptimizer:
         self.adamw = torch.optim.AdamW(
             groups, lr=groups[0]["lr"], betas=betas, eps=eps, fused=fused or None
         )
-        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
+        with compat.without_memory_tables():
             self.engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=self.adamw,

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from titans_pretrain.importing import for_good
 from titans_pretrain.launch.local import launch
 
 
@@ -63,9 +62,13 @@ def main(argv: list[str]) -> int:
     if task.ranks > 1 and "RANK" not in os.environ:
         command = [sys.executable, "-m", "titans_pretrain.measure.gpu_check.child", argv[0]]
         return launch(command, task.ranks, logs=Path(task.logs))
-    torch.set_num_threads(task.threads)
     module, _, function = MEASURES[task.section].partition(":")
-    act = getattr(importlib.import_module(f"titans_pretrain.measure.gpu_check.{module}"), function)
+    with for_good():
+        import torch
+
+        measures = importlib.import_module(f"titans_pretrain.measure.gpu_check.{module}")
+    act = getattr(measures, function)
+    torch.set_num_threads(task.threads)
     for part in task.parts:
         began = time.perf_counter()
         result: dict[str, Any] = act(task, part)
