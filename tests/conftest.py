@@ -1,6 +1,7 @@
 """Shared test settings: deterministic property tests, one thread, no test that changes the next;
 and, with several workers (pytest -n), who takes which tests."""
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return SLURM not in item.path.parents, after, item.path not in slow
 
     items.sort(key=turn)
+
+
+def pytest_collection_finish() -> None:
+    """What all test modules have imported is for good: no collection of garbage goes through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

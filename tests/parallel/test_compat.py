@@ -92,3 +92,21 @@ def compilers_asked(touch: bool) -> list[str]:
 def test_deepspeed_still_asks_compilers_what_it_could_build() -> None:
     assert run_world(compilers_asked, 1, True) != [[]]
     assert run_world(compilers_asked, 1, False) == [[]]
+
+
+def gloo_loops(shim: str) -> int:
+    """Threads of this rank that gloo has to look for news, one a device."""
+    from pathlib import Path
+
+    from titans_pretrain.parallel import world
+
+    if shim == "share_gloo_devices":
+        world.share_gloo_devices = lambda: None
+    start(tiny_config(model__vocab_size=64, parallel={"tensor": 2}))
+    names = (task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir())
+    return sum("gloo_tcp_loop" in name for name in names)
+
+
+def test_torch_still_gives_each_group_a_device() -> None:
+    assert min(run_world(gloo_loops, 2, "share_gloo_devices")) > 10
+    assert run_world(gloo_loops, 2, "nothing") == [1, 1]

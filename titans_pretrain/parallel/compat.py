@@ -1,6 +1,7 @@
-"""Narrow shims that let megatron-core 0.16 and DeepSpeed 0.19 run where there is no CUDA.
+"""Narrow shims around megatron-core 0.16, DeepSpeed 0.19 and torch's gloo: what lets them run where
+there is no CUDA (with CUDA it does nothing), and what spares ranks work that nobody asked for.
 
-With CUDA each of them does nothing. A canary test says when an engine stops needing its shim.
+A canary test says when an engine stops needing its shim.
 """
 
 from __future__ import annotations
@@ -8,15 +9,19 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed import distributed_c10d
 
 from titans_pretrain.parallel.megatron import VocabParallelCrossEntropy, schedules
 
 # DeepSpeed reads it when it is imported, and without it looks for a GPU and warns.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+Gloo: Any = distributed_c10d.ProcessGroupGloo  # torch's own
 
 
 class _TorchOnCpu:
@@ -47,6 +52,25 @@ def cuda_literals() -> Iterator[None]:
     finally:
         torch.cuda.current_device, torch.cuda.synchronize = before
         schedules.torch = torch
+
+
+def share_gloo_devices() -> None:
+    """For the process groups made from now on. torch gives each of them gloo devices of its own,
+    whose threads look for news a hundred times a second; Megatron makes twenty groups a rank."""
+    devices: list[Any] = []
+
+    class Sharing(Gloo):
+        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+            if not devices:  # of the interfaces that torch chooses
+                super().__init__(store, rank, size, timeout)
+                devices.extend(self.options._devices)
+                return
+            options = Gloo._Options()
+            options._devices, options._timeout = devices, timeout
+            options._threads = 2 * len(devices)  # as torch
+            super().__init__(store, rank, size, options)
+
+    distributed_c10d.ProcessGroupGloo = Sharing  # type: ignore[misc]
 
 
 def skip_shared_memory_build() -> None:

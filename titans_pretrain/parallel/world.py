@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from titans_pretrain.config import ParallelConfig, TrainConfig
 from titans_pretrain.errors import ConfigError, TitansError, exit_code_of
+from titans_pretrain.parallel.compat import share_gloo_devices
 from titans_pretrain.parallel.layout import Layout, Place
 from titans_pretrain.parallel.megatron import parallel_state
 from titans_pretrain.parallel.rendezvous import launched, meet, told_to_all
@@ -216,6 +217,7 @@ def start_world(
     # DeepSpeed reads these even where the process group is already there.
     env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = str(rank), str(size), str(local_rank)
     torch.manual_seed(train.seed)
+    share_gloo_devices()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
@@ -231,6 +233,7 @@ def start_world(
         interleave if interleave > 1 else None,
         context_parallel_size=layout.context,
         distributed_timeout_minutes=math.ceil(timeout_s / 60),
+        create_gloo_process_groups=False,  # a second one of each that divides data; nobody asks
     )
     return World(rank, size, local_rank, here.local_size, device, threads, layout, timeout_s)
 
