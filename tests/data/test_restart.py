@@ -157,7 +157,6 @@ def test_unfinished_work_on_other_inputs_is_refused(corpus, tokenizer, tmp_path)
 def test_a_document_of_100_mb_in_bounded_memory(kind, tmp_path):
     """Peak memory stays far below what encoding it in one piece takes (several GB)."""
     import json
-    import resource
 
     paragraph = "It was the best of times, it was the worst of times. Call me what you like.\n\n"
     huge = paragraph * (100_000_000 // len(paragraph))
@@ -171,9 +170,10 @@ def test_a_document_of_100_mb_in_bounded_memory(kind, tmp_path):
         (source / "in.jsonl").write_text("\n".join(lines))
     del huge
     script = tmp_path / "script.py"
+    # Not ru_maxrss: it begins with what the process held that started this one.
     script.write_text(
-        SCRIPT.replace("settings = ", "settings = Settings() or ") + "    import resource\n"
-        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        SCRIPT.replace("settings = ", "settings = Settings() or ")
+        + "    print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
     )
     model = DEMO.replace("demo", "titans-32k")
     told = subprocess.run(
@@ -183,4 +183,4 @@ def test_a_document_of_100_mb_in_bounded_memory(kind, tmp_path):
         text=True,
     )
     peak = int(told.stdout.split()[-1]) * 1024
-    assert resource.getpagesize() and peak < (0.9e9 if kind == "txt" else 1.4e9), peak
+    assert peak < (0.9e9 if kind == "txt" else 1.4e9), peak
