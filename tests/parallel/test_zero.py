@@ -53,6 +53,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2 DP2 Z3 in pairs": (4, {"tensor": 2, "zero": {**ALL_DIVIDED, "copy_within": 2}}),
     "TP2 DP2 Z1": (4, {"tensor": 2}),
     "TP2 DP2 Z2": (4, {"tensor": 2, "zero": {"stage": 2}}),
+    "TP2 DP2 Z3": (4, {"tensor": 2, "zero": ALL_DIVIDED}),
     "TP2+SP DP2 Z3": (4, {"tensor": 2, "sequence": True, "zero": ALL_DIVIDED}),
     "PP2 x 2": (2, {"pipeline": 2, "interleave": 2}),
     "PP2 DP2": (4, {"pipeline": 2}),
@@ -78,6 +79,12 @@ def test_twenty_steps_of_every_variant_under_zero_3(variant: str) -> None:
 def test_twenty_steps_of_mac(layout: str) -> None:
     ranks, parallel = LAYOUTS[layout]
     assert_equals_one_plain_process(parity_config("mac", parallel, **WELL_CONDITIONED), ranks, HEAT)
+
+
+@pytest.mark.slow
+def test_twenty_steps_of_mac_in_three_directions() -> None:
+    config = parity_config("mac", {"tensor": 2, "pipeline": 2}, **WELL_CONDITIONED)
+    assert_equals_one_plain_process(config, 8, HEAT)
 
 
 def some_steps(ranks: int, parallel: dict[str, Any], **changes: Any) -> list[Done]:
