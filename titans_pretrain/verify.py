@@ -295,8 +295,12 @@ def against_plain(
     tables = [(folder / kind, prefix, dcp.read_metadata(folder / kind)) for kind, prefix in kinds]
 
     def saved(name: str) -> list[Tensor | None]:
-        found = [(where, f"{prefix}/{name}", table) for where, prefix, table in tables]
-        return [dcp.load_one(*f) if f[1] in f[2].state_dict_metadata else None for f in found]
+        return [
+            dcp.load_one(where, path, table)
+            if (path := f"{prefix}/{name}") in table.state_dict_metadata
+            else None
+            for where, prefix, table in tables
+        ]
 
     parameters: list[Difference] = []
     several: list[Difference] = []

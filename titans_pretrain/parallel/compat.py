@@ -57,14 +57,15 @@ def cuda_literals() -> Iterator[None]:
 def share_gloo_devices() -> None:
     """For the process groups made from now on. torch gives each of them gloo devices of its own,
     whose threads look for news a hundred times a second; Megatron makes twenty groups a rank."""
-    devices: list[Any] = []
+    interfaces = os.environ.get("GLOO_SOCKET_IFNAME")  # read as torch does
+    devices = (
+        [Gloo.create_device(interface=name) for name in interfaces.split(",")]
+        if interfaces
+        else [Gloo.create_default_device()]
+    )
 
     class Sharing(Gloo):
         def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
-            if not devices:  # of the interfaces that torch chooses
-                super().__init__(store, rank, size, timeout)
-                devices.extend(self.options._devices)
-                return
             options = Gloo._Options()
             options._devices, options._timeout = devices, timeout
             options._threads = 2 * len(devices)  # as torch
